@@ -1,0 +1,42 @@
+# `make demo`: watch masks evolve on real photographs. `make test`: all tests. Both set up .venv first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types benchmark clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+# A stamp for each group, made again when its requirements change.
+$(VENV)/.demo: requirements.txt requirements-demo.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s (set PYTHON=)" % sys.version.split()[0])'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-demo.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.demo
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.demo  ## pre-train a small MAE with evolved masks on photographs (CPU, minutes)
+	$(RUN) -m mae_evolved.main_pretrain --config mae_evolved/recipes/demo.toml --resume none --output_dir output/demo_mae
+
+test: $(VENV)/.dev  ## all tests
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/.dev  ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy
+	$(BIN)/mypy
+
+check: lint types test  ## everything CI runs
+
+benchmark: $(VENV)/.dev  ## what the mask costs on this machine
+	$(RUN) -m benchmarks.mask_cost
+
+clean:  ## remove the virtual environment and outputs
+	rm -rf $(VENV) output
