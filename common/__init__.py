@@ -1,0 +1,1 @@
+"""Evolved part masking: the method (`evolved_mask` is the front door) and the machinery trainers share."""

@@ -1,0 +1,235 @@
+"""Attention of the encoder being trained -> patch graph (Eq. 7).
+
+B batch   L blocks (layers) of the encoder   h heads   P prefix tokens (class token)   N patches
+T = P + N tokens   D features of a graph row (N, or h*N with heads side by side)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Layers = Literal["all", "last"] | Sequence[int]
+Values = Literal["softmax", "scores"]
+Direction = Literal["row", "column", "symmetric"]
+
+
+def choose_layers(layers: Layers, depth: int) -> list[int]:
+    """Indices of the chosen blocks, ascending. Negative indices count from the end.
+
+    Raises:
+        ValueError: an index outside the encoder, an empty list, or an unknown word.
+    """
+    if layers == "all":
+        return list(range(depth))
+    if layers == "last":
+        return [depth - 1]
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be 'all', 'last' or a list of block indices, not {layers!r}")
+    wrong = [i for i in layers if not -depth <= i < depth]
+    if wrong:
+        raise ValueError(f"layers {wrong} do not exist: the encoder has {depth} blocks")
+    if not layers:
+        raise ValueError("layers is an empty list: at least one block is needed")
+    return sorted({i % depth for i in layers})
+
+
+class AttentionTap:
+    """Reads the softmaxed attention of transformer blocks while they run.
+
+    A forward pre-hook on each block's `attn.attn_drop` sees the attention before dropout and changes nothing.
+    That is the seam of timm 0.4.12 blocks, and of the blocks of the official MAE, BEiT and SimMIM code.
+
+        with AttentionTap(model.blocks, layers="last") as tap:
+            model(images)
+        tap.maps[0]  # [B, h, T, T]
+
+    Args:
+        blocks: the encoder's blocks; each needs `attn.attn_drop`.
+        layers: "all", "last" or a list of block indices.
+        values: "softmax", or "scores" for the scaled dot products before the softmax. Scores are computed from
+            the output of the module `attn.qkv` ([B, T, 3*h*d], order q, k, v); a bias that a block adds to its
+            scores by itself is not in them.
+
+    Attributes:
+        maps: one detached [B, h, T, T] tensor for each chosen block and forward pass, in the order of execution.
+
+    Raises:
+        TypeError: a block without the needed modules, naming it.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], layers: Layers = "all", values: Values = "softmax") -> None:
+        if values not in ("softmax", "scores"):
+            raise ValueError(f"values must be 'softmax' or 'scores', not {values!r}")
+        every = list(blocks)
+        self.blocks = [every[i] for i in choose_layers(layers, len(every))]
+        self.values = values
+        self.maps: list[Tensor] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> AttentionTap:
+        hook = self._hook_softmax if self.values == "softmax" else self._hook_scores
+        try:
+            for block in self.blocks:
+                self._handles.append(hook(block))
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook_softmax(self, block: nn.Module) -> Any:
+        def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.maps.append(args[0].detach())
+
+        return _submodule(block, "attn_drop").register_forward_pre_hook(read)
+
+    def _hook_scores(self, block: nn.Module) -> Any:
+        attention = _submodule(block, "attn_drop", parent=True)
+        heads, scale = int(attention.num_heads), float(attention.scale)
+
+        def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            batch, tokens, _ = output.shape
+            query, key, _ = output.detach().reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            self.maps.append(query @ key.transpose(-2, -1) * scale)
+
+        return _submodule(block, "qkv").register_forward_hook(read)
+
+
+def _submodule(block: nn.Module, name: str, parent: bool = False) -> Any:
+    attention = getattr(block, "attn", None)
+    found = getattr(attention, name, None)
+    if not isinstance(found, nn.Module):
+        raise TypeError(f"{type(block).__name__} has no module attn.{name}: AttentionTap cannot read its attention")
+    return attention if parent else found
+
+
+def stream_attention(
+    blocks: Iterable[nn.Module], tokens: Tensor, layers: Layers = "all", values: Values = "softmax", **block_inputs: Any
+) -> Iterator[Tensor]:
+    """Runs an encoder block by block and yields the attention of each chosen block before the next one runs.
+
+    Nothing after the last chosen block is computed, nor is that block's own MLP.
+
+    Args:
+        blocks: pre-norm blocks with `norm1` and `attn`, called as `block(tokens, **block_inputs)`.
+        tokens: [B, T, D], input of the first block.
+        block_inputs: what every block and its attention take besides (a relative position bias, say).
+
+    Yields:
+        [B, h, T, T] for each chosen block.
+    """
+    every = list(blocks)
+    chosen = choose_layers(layers, len(every))
+    for index, block in enumerate(every[: chosen[-1] + 1]):
+        if index not in chosen:
+            tokens = block(tokens, **block_inputs)
+            continue
+        with AttentionTap([block], values=values) as tap:
+            if index == chosen[-1]:
+                block.attn(block.norm1(tokens), **block_inputs)  # type: ignore[operator]
+            else:
+                tokens = block(tokens, **block_inputs)
+        yield tap.maps.pop()
+
+
+@contextmanager
+def attention_mode(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[None]:
+    """Runs the attention pass without gradient and, in mode "eval", with dropout and drop-path off.
+
+    Every module gets back the mode it had, also where modes were mixed and when the pass raises.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(mode == "train")
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def patch_graph(attention: Tensor, num_prefix_tokens: int = 1, direction: Direction = "row") -> Tensor:
+    """Patch graph from an attention map (Eq. 7): prefix tokens dropped, heads averaged, negative values cut to 0.
+
+    Args:
+        attention: [B, h, T, T] (or [B, T, T] without heads), rows are queries. Any floating type.
+        num_prefix_tokens: P, tokens before the patches (1 for a class token).
+        direction: what describes patch i. "row": what it attends to (the paper's phi_i = w_i); "column": how
+            much each patch attends to it; "symmetric": the mean of both.
+
+    Returns:
+        float32 [B, N, N], weights w_ij >= 0.
+    """
+    edges = _patch_edges(attention, num_prefix_tokens)
+    return _directed(edges.mean(dim=1), direction)
+
+
+def _patch_edges(attention: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Positive attention among patches: float32 [B, h, N, N]."""
+    if attention.ndim == 3:
+        attention = attention[:, None]
+    if attention.ndim != 4 or attention.shape[-1] != attention.shape[-2]:
+        raise ValueError(f"attention must be [batch, heads, tokens, tokens], got {list(attention.shape)}")
+    patches = attention[..., num_prefix_tokens:, num_prefix_tokens:]
+    return patches.float().clamp(min=0)
+
+
+def _directed(edges: Tensor, direction: Direction) -> Tensor:
+    """[..., N, N] with row i the description of patch i."""
+    if direction == "row":
+        return edges
+    if direction == "column":
+        return edges.transpose(-2, -1)
+    if direction == "symmetric":
+        return (edges + edges.transpose(-2, -1)) / 2
+    raise ValueError(f"direction must be 'row', 'column' or 'symmetric', not {direction!r}")
+
+
+def graph_from_blocks(
+    attention: Tensor | Iterable[Tensor],
+    *,
+    num_prefix_tokens: int = 1,
+    direction: Direction = "row",
+    heads: Literal["mean", "concat"] = "mean",
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """One graph from the attention of several blocks, reduced as the blocks come.
+
+    Only the running sum is held, so an encoder that yields its maps one block at a time never has two of them
+    in memory.
+
+    Args:
+        attention: [B, h, T, T], or an iterable of such tensors, one a block.
+        heads: "mean" averages the heads; "concat" keeps them side by side.
+        reduction: "mean" over blocks (and heads), or "sum" of all of them as in the authors' released code.
+
+    Returns:
+        float32 [B, N, N] for heads "mean", [B, N, h*N] for "concat".
+    """
+    total: Tensor | None = None
+    blocks = 0
+    for one in [attention] if isinstance(attention, Tensor) else attention:
+        edges = _patch_edges(one, num_prefix_tokens)
+        if heads == "mean":
+            edges = edges.sum(dim=1, keepdim=True) if reduction == "sum" else edges.mean(dim=1, keepdim=True)
+        total = edges if total is None else total.add_(edges)
+        blocks += 1
+    if total is None:
+        raise ValueError("attention_fn gave no attention map: nothing to build the patch graph from")
+    if reduction == "mean":
+        total = total / blocks
+    graph = _directed(total, direction)  # [B, 1 or h, N, N]
+    return graph.transpose(1, 2).flatten(2)

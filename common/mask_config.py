@@ -1,0 +1,184 @@
+"""Every choice of the method as a named option, and the two recipes that set them together.
+
+The paper leaves some questions open and the authors' released code answers some of them otherwise. Each row of
+the table in docs/method.md is a field here. Defaults are the recipe `paper`; `MaskConfig.from_recipe("authors")`
+is the released code (ZhanzhouFeng/Evolved-Part-Masking, commit 28228aa).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from common.parts import DEFAULT_FLOOR
+
+Strategy = Literal["evolved", "part", "grid", "random", "block", "grid-to-block"]
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Options of the mask; checked when built.
+
+    Raises:
+        ValueError: a value outside its range, naming the option.
+    """
+
+    mask: Strategy = _option(
+        "evolved",
+        "masking strategy: evolved (the paper's), part (alpha = 1), grid (alpha = 0), random, block (BEiT's rule with "
+        "the exact count), grid-to-block (the appendix's baseline)",
+    )
+    gamma: float = _option(2.0, "exponent of alpha = (t/T)^gamma (Eq. 4, Table 2)")
+    alpha: float | None = _option(None, "fix alpha in 0..1 instead of letting it grow (Table 2)")
+    alpha_offset: int = _option(0, "added to the epoch in Eq. 4 (released code: 1)")
+    schedule_epochs: int | None = _option(None, "T of the alpha and K schedules; default: all epochs (released code: 300)")
+    num_parts: int | None = _option(None, "fix the number of parts K (Table 3); sets both ends of the schedule")
+    parts_start: int = _option(40, "number of parts K at the first epoch")
+    parts_end: int = _option(10, "number of parts K at the last epoch")
+    parts_rounding: Literal["nearest", "down"] = _option("nearest", "rounding of the scheduled K (released code: down)")
+    parts_jitter: int = _option(0, "add 0..J to K, drawn for each batch (released code: 2)")
+    layers: str = _option("all", "blocks whose attention makes the graph: all, last, or indices such as 0,5,11")
+    heads: Literal["mean", "concat"] = _option("mean", "average the heads, or keep them side by side")
+    reduction: Literal["mean", "sum"] = _option("mean", "mean over blocks and heads, or their sum (released code)")
+    attention_values: Literal["softmax", "scores"] = _option(
+        "softmax", "attention after the softmax, or the scores before it with negative ones cut to 0"
+    )
+    direction: Literal["row", "column", "symmetric"] = _option(
+        "row", "describe a patch by what it attends to (Eq. 7), by who attends to it (released code), or both"
+    )
+    estimator: Literal["gaussian", "vmf"] = _option("gaussian", "mixture of the EM cut: Gaussian (Eq. 10-16) or spherical EM")
+    covariance: Literal["diagonal", "spherical", "full"] = _option("diagonal", "covariance of the Gaussian parts")
+    covariance_floor: float = _option(DEFAULT_FLOOR, "smallest variance of a part, as a share of the image's mean variance")
+    kappa: float = _option(40.0, "concentration of the vmf estimator")
+    iterations: int = _option(15, "EM iterations")
+    start: Literal["kmeans++", "random"] = _option("kmeans++", "start of the EM: k-means++ seeds, or random (released code)")
+    start_draw: Literal["image", "batch"] = _option("image", "one random start an image, or one a batch (released code)")
+    scaling: Literal["image", "none"] = _option(
+        "image", "scale the graph rows of each image before the EM, or not (released code)"
+    )
+    hard_label: Literal["posterior", "per-patch"] = _option(
+        "posterior",
+        "part of a patch: argmax of the posterior (Eq. 16), or of responsibilities normalised over patches (released code)",
+    )
+    reseed_empty: bool = _option(True, "move a part that lost all its patches to the patch explained worst")
+    grid_draw: Literal["image", "batch"] = _option(
+        "image", "one draw of the 2x2 grid an image, or one a batch and rank (released code)"
+    )
+    ties: Literal["random", "raster"] = _option(
+        "random", "order among equal probabilities: at random, or raster order (released code)"
+    )
+    masked_end: Literal["highest", "lowest"] = _option(
+        "highest", "mask the patches of highest probability, or of lowest (the appendix's pseudocode)"
+    )
+    attention_from: Literal["live", "ema"] = _option(
+        "live", "whose attention: the model being trained, or its moving average (released code)"
+    )
+    ema_decay: float = _option(0.99996, "decay of that moving average, per optimiser step")
+    attention_mode: Literal["eval", "train"] = _option(
+        "eval", "attention pass with dropout and drop-path off, or on (released code)"
+    )
+    shortcut: bool = _option(True, "skip the attention pass of images whose mask the grid alone decides; masks are the same")
+
+    def __post_init__(self) -> None:
+        for name, words in WORDS.items():
+            self._check(name, getattr(self, name) in words, f"must be one of {', '.join(words)}")
+        self._check("gamma", self.gamma > 0, "must be above 0")
+        self._check("alpha", self.alpha is None or 0 <= self.alpha <= 1, "must be between 0 and 1")
+        self._check("alpha_offset", self.alpha_offset >= 0, "must be 0 or more")
+        self._check("schedule_epochs", self.schedule_epochs is None or self.schedule_epochs > 0, "must be above 0")
+        for name in ("num_parts", "parts_start", "parts_end"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "must be 1 or more")
+        self._check("parts_jitter", self.parts_jitter >= 0, "must be 0 or more")
+        self._check("covariance_floor", self.covariance_floor >= 0, "must be 0 or more")
+        self._check("kappa", self.kappa > 0, "must be above 0")
+        self._check("iterations", self.iterations >= 0, "must be 0 or more")
+        self._check("ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")
+        directions = (self.estimator, self.start, self.heads) == ("vmf", "random", "concat")
+        self._check("heads", not directions, "must be mean with random directions (estimator vmf, start random)")
+        self._check("layers", self._layers_readable(), "must be 'all', 'last' or block indices such as 0,5,11")
+
+    @classmethod
+    def from_recipe(cls, recipe: str, **options: Any) -> MaskConfig:
+        """The recipe `paper` or `authors` with some options changed.
+
+        Raises:
+            ValueError: an unknown recipe or option.
+        """
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
+        unknown = sorted(set(options) - {one.name for one in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown mask option {', '.join(unknown)}")
+        return cls(**{**RECIPES[recipe], **options})
+
+    @property
+    def parts_range(self) -> tuple[int, int]:
+        """K at the start and at the end of the schedule."""
+        return (self.num_parts, self.num_parts) if self.num_parts else (self.parts_start, self.parts_end)
+
+    @property
+    def most_parts(self) -> int:
+        """The largest K the schedule can give."""
+        return max(self.parts_range) + self.parts_jitter
+
+    @property
+    def chosen_layers(self) -> Literal["all", "last"] | list[int]:
+        """`layers` as AttentionTap takes it."""
+        if self.layers == "all":
+            return "all"
+        if self.layers == "last":
+            return "last"
+        return [int(word) for word in self.layers.split(",")]
+
+    @property
+    def uses_attention(self) -> bool:
+        """Whether this strategy ever looks at the model."""
+        return self.mask in ("evolved", "part")
+
+    def _layers_readable(self) -> bool:
+        try:
+            return bool(self.chosen_layers)
+        except ValueError:
+            return False
+
+    def _check(self, name: str, good: bool, rule: str) -> None:
+        if not good:
+            raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
+
+
+def _words() -> dict[str, tuple[str, ...]]:
+    hints = get_type_hints(MaskConfig)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+WORDS: dict[str, tuple[str, ...]] = _words()
+"""Allowed words of each option that takes one of several."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "authors": {
+        "gamma": 0.5,
+        "alpha_offset": 1,
+        "schedule_epochs": 300,
+        "parts_rounding": "down",
+        "parts_jitter": 2,
+        "reduction": "sum",
+        "direction": "column",
+        "estimator": "vmf",
+        "start": "random",
+        "start_draw": "batch",
+        "scaling": "none",
+        "hard_label": "per-patch",
+        "reseed_empty": False,
+        "grid_draw": "batch",
+        "ties": "raster",
+        "attention_from": "ema",
+        "attention_mode": "train",
+    },
+}
+"""What each recipe sets apart from the defaults."""

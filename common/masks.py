@@ -1,0 +1,126 @@
+"""The mask contract, masks that need no model, and the form each model takes a mask in.
+
+A mask is bool [B, N], row-major over an (H, W) patch grid, True = masked, with exactly `num_masked` True in
+every row. Grids need not be square, nor even.
+
+B batch (images)   H, W patch grid   N = H*W patches   A attempts to place a rectangle
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BLOCK_ATTEMPTS = 48
+BLOCK_DRAWS = 4  # numbers an attempt takes: area, aspect ratio, top, left
+
+
+def count_masked(num_patches: int, mask_ratio: float) -> int:
+    """m = floor(N * r), exact for the decimal number that was written: N=100, r=0.29 gives 29.
+
+    Raises:
+        ValueError: r outside (0, 1), or so small or large that nothing or everything would be masked.
+    """
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio must be inside (0, 1), got {mask_ratio}")
+    masked = math.floor(num_patches * Fraction(repr(float(mask_ratio))))
+    if not 0 < masked < num_patches:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} masks {masked} of {num_patches} patches: at least one must be masked and one kept"
+        )
+    return masked
+
+
+def check_mask(mask: Tensor, num_masked: int) -> None:
+    """Raises ValueError unless `mask` keeps the contract: bool [B, N] with `num_masked` True in every row."""
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"a mask is bool [batch, patches], got {mask.dtype} {list(mask.shape)}")
+    counts = mask.sum(dim=1)
+    wrong = (counts != num_masked).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(f"image {wrong[0]} has {int(counts[wrong[0]])} masked patches, not {num_masked}")
+
+
+def grid_classes(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Position of each patch in its cell of the 2x2 grid (Eq. 17): int64 [N] in 0..3.
+
+    r(i) = 2 * (row mod 2) + (column mod 2). The paper writes i mod 2 for the second term, which is the parity of
+    the column when W is even, and would give diagonals instead of a grid when W is odd.
+    """
+    rows = torch.arange(height, device=device) % 2
+    columns = torch.arange(width, device=device) % 2
+    return (2 * rows[:, None] + columns).flatten()
+
+
+def block_masks(
+    height: int, width: int, num_masked: int, uniforms: Tensor, *, min_patches: int = 16, min_aspect: float = 0.3
+) -> Tensor:
+    """Block-wise masks in the manner of BEiT (Bao et al., Algorithm 1), with the exact count.
+
+    Rectangles of random area (from `min_patches` to what is still missing) and aspect ratio (log-uniform between
+    `min_aspect` and its inverse) are added while they bring new patches and not too many. What no rectangle can
+    fill in the end is filled where most neighbours are masked, so that the count is exact and the mask stays
+    made of blocks. BEiT's own generator stops short instead.
+
+    Args:
+        uniforms: [B, BLOCK_ATTEMPTS * BLOCK_DRAWS + N] numbers in [0, 1): the rectangles, then the last filling.
+
+    Returns:
+        bool [B, N].
+    """
+    batch, cells = uniforms.shape[0], height * width
+    placing = uniforms[:, : BLOCK_ATTEMPTS * BLOCK_DRAWS].reshape(batch, BLOCK_ATTEMPTS, BLOCK_DRAWS)
+    filling = uniforms[:, BLOCK_ATTEMPTS * BLOCK_DRAWS :]
+    mask = torch.zeros(batch, height, width, dtype=torch.bool, device=uniforms.device)
+    for attempt in range(BLOCK_ATTEMPTS):
+        missing = num_masked - mask.sum(dim=(1, 2))
+        rectangle = _rectangles(placing[:, attempt], missing, height, width, min_patches, min_aspect)
+        new = (rectangle & ~mask).sum(dim=(1, 2))
+        fits = (new > 0) & (new <= missing)
+        mask |= rectangle & fits[:, None, None]
+    near = functional.avg_pool2d(mask[:, None].float(), 3, stride=1, padding=1, count_include_pad=False)
+    score = torch.where(mask, 2.0, near[:, 0]).reshape(batch, cells) + filling / cells
+    filled = torch.zeros(batch, cells, dtype=torch.bool, device=uniforms.device)
+    return filled.scatter(1, score.topk(num_masked, dim=1).indices, True)
+
+
+def _rectangles(uniforms: Tensor, missing: Tensor, height: int, width: int, min_patches: int, min_aspect: float) -> Tensor:
+    """One rectangle an image, bool [B, H, W]; empty where the drawn one is larger than the grid allows."""
+    area = min_patches + (missing - min_patches) * uniforms[:, 0]
+    area = area.clamp(min=1)
+    aspect = torch.exp(math.log(min_aspect) * (1 - 2 * uniforms[:, 1]))
+    tall = (area * aspect).sqrt().round()
+    wide = (area / aspect).sqrt().round()
+    fits = (tall < height) & (wide < width) & (tall > 0) & (wide > 0)
+    top = (uniforms[:, 2] * (height - tall + 1)).floor()
+    left = (uniforms[:, 3] * (width - wide + 1)).floor()
+    row = torch.arange(height, device=uniforms.device)
+    column = torch.arange(width, device=uniforms.device)
+    inside_rows = (row >= top[:, None]) & (row < (top + tall)[:, None])  # [B, H]
+    inside_columns = (column >= left[:, None]) & (column < (left + wide)[:, None])  # [B, W]
+    return inside_rows[:, :, None] & inside_columns[:, None, :] & fits[:, None, None]
+
+
+# --- mask -> the form a model takes it in -----------------------------------------------------------------------
+
+
+def mae_ids(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Contract mask -> what MAE gathers by.
+
+    Returns:
+        ids_keep: int64 [B, N - m], positions of the visible patches in raster order.
+        ids_restore: int64 [B, N], for each patch its place in the sequence (visible patches, then masked ones).
+    """
+    visible = mask.shape[1] - int(mask[0].sum())
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, :visible], order.argsort(dim=1)
+
+
+def pixel_mask(mask: Tensor, height: int, width: int, patch_size: int) -> Tensor:
+    """Contract mask -> bool [B, H*p, W*p], True on the pixels of masked patches."""
+    grid = mask.reshape(-1, height, width)
+    return grid.repeat_interleave(patch_size, dim=1).repeat_interleave(patch_size, dim=2)

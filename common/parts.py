@@ -1,0 +1,555 @@
+"""Batched EM graph cut: patch graph -> parts (Eq. 10-16).
+
+Patch i is described by its row of the graph, phi_i = w_i. Rows are drawn from a mixture of K parts; EM fits the
+mixture to every image of the batch at once, and each patch goes to the part with the largest posterior.
+
+B batch (images)   N patches   D features of a row (N, or more with heads side by side)   K parts
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Estimator = Literal["gaussian", "vmf"]
+Covariance = Literal["diagonal", "spherical", "full"]
+Start = Literal["kmeans++", "random"]
+
+DEFAULT_FLOOR = 0.1
+"""Smallest variance of a part, as a share of the image's mean variance. docs/method.md says how it was chosen."""
+
+_EMPTY = 1e-3  # a part that explains less than this many patches is empty
+_TINY = 1e-30
+_ROUNDING = 1e-6  # spread below this share of the largest entry is rounding noise: the rows are constant
+
+
+@dataclass(frozen=True)
+class PartsFit:
+    """A mixture fitted to each image of a batch.
+
+    Means and covariances are in the units of `rows`, the standardised graph: graph = center + scale * rows.
+    Vectors keep the dtype of the graph (float32, or float64 if the graph was float64).
+
+    Attributes:
+        labels: int64 [B, N], argmax of the posterior (Eq. 16), values in 0..K-1; a part may stay empty.
+        posteriors: [B, N, K], E_ik of Eq. 12, rows sum to 1.
+        weights: [B, K], pi_k of Eq. 13.
+        means: [B, K, D], psi_k of Eq. 14.
+        covariances: C_k of Eq. 15: [B, K, D] diagonal, [B, K] spherical, [B, K, D, D] full, None for vmf.
+        log_likelihood: [iterations + 1, B], of the start and after each M-step. For vmf the normalising
+            constant of the density, the same for all parts, is left out.
+        reseeded: bool [iterations + 1, B], True where an empty part was re-seeded just before that entry.
+        rows, center, scale: [B, N, D], [B, 1, D], [B, 1, 1].
+    """
+
+    labels: Tensor
+    posteriors: Tensor
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor | None
+    log_likelihood: Tensor
+    reseeded: Tensor
+    rows: Tensor
+    center: Tensor
+    scale: Tensor
+
+
+def partition_parts(
+    graph: Tensor,
+    num_parts: int,
+    *,
+    estimator: Estimator = "gaussian",
+    covariance: Covariance = "diagonal",
+    iterations: int = 15,
+    generator: torch.Generator | None = None,
+    hard_label: Literal["posterior", "per-patch"] = "posterior",
+    **options: object,
+) -> Tensor:
+    """Cuts each graph into `num_parts` parts.
+
+    Args:
+        graph: [B, N, D], a row for each patch; D = N for a patch graph. Finite.
+        num_parts: K, 1 to N.
+        generator: randomness of the start; without it (and without `uniforms`) a generator seeded 0 is used.
+        hard_label: "posterior" takes the part with the largest E_ik (Eq. 16). "per-patch" first divides each
+            part's posteriors by their sum over the patches, as the authors' released code does.
+        options: the other arguments of :func:`fit_parts`.
+
+    Returns:
+        int64 [B, N] in 0..K-1.
+
+    Raises:
+        ValueError: see :func:`fit_parts`.
+    """
+    if hard_label not in ("posterior", "per-patch"):
+        raise ValueError(f"hard_label must be 'posterior' or 'per-patch', not {hard_label!r}")
+    fit = fit_parts(
+        graph,
+        num_parts,
+        estimator=estimator,
+        covariance=covariance,
+        iterations=iterations,
+        generator=generator,
+        **options,  # type: ignore[arg-type]
+    )
+    if hard_label == "per-patch":
+        return (fit.posteriors / (fit.posteriors.sum(dim=1, keepdim=True) + 1e-6)).argmax(dim=2)
+    return fit.labels
+
+
+@torch.no_grad()
+def fit_parts(
+    graph: Tensor,
+    num_parts: int,
+    *,
+    estimator: Estimator = "gaussian",
+    covariance: Covariance = "diagonal",
+    iterations: int = 15,
+    generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
+    start: Start = "kmeans++",
+    start_labels: Tensor | None = None,
+    scaling: Literal["image", "none"] = "image",
+    covariance_floor: float = DEFAULT_FLOOR,
+    kappa: float = 40.0,
+    reseed_empty: bool = True,
+    check_finite: bool = True,
+) -> PartsFit:
+    """Fits the mixture of Eq. 10-15 by EM, and returns everything that was estimated.
+
+    Args:
+        graph: [B, N, D], finite. Computed in float32, or in float64 if it is float64.
+        num_parts: K, 1 to N.
+        estimator: "gaussian" (Eq. 10-11) or "vmf", von Mises-Fisher with equal weights and a fixed concentration
+            (spherical EM, Banerjee et al. 2005, the paper's reference 1).
+        covariance: of the Gaussian. "full" needs memory for several [B, K, D, D].
+        iterations: M-steps, 0 or more.
+        uniforms: numbers in [0, 1) that decide the start instead of `generator`: [B, start_draws(...)].
+        start: "kmeans++" seeds; "random" patches for the Gaussian, random directions for vmf.
+        start_labels: int64 [B, N]; start from this partition instead.
+        scaling: "image" centres the rows of an image and divides by their spread (gaussian) or makes them unit
+            vectors (vmf), so that floors and kappa are relative; "none" takes them as they are.
+        covariance_floor: variances (for "full", a ridge) are not allowed below this, in units of the scaled rows.
+        kappa: concentration of vmf.
+        reseed_empty: move a part that lost all its patches to the patch explained worst.
+        check_finite: look for NaN and infinity (one reduction, and on a GPU one synchronisation).
+
+    Raises:
+        ValueError: K outside 1..N, a wrong shape or word, or NaN or infinity in the graph, naming the image.
+    """
+    _check_arguments(graph, num_parts, iterations, estimator, covariance, start, scaling, covariance_floor, kappa)
+    if check_finite:
+        _check_finite(graph)
+    with torch.autocast(device_type=graph.device.type, enabled=False):
+        rows, center, scale = _standardise(graph, estimator, scaling)
+        density: _Density = _VonMisesFisher(rows, kappa) if estimator == "vmf" else _GAUSSIANS[covariance](rows, covariance_floor)
+        if estimator == "vmf" and start == "random" and start_labels is None:
+            drawn = _start_uniforms(rows, num_parts, estimator, start, uniforms, generator)
+            density.means = _random_directions(rows, num_parts, drawn)
+        else:
+            labels = start_labels
+            if labels is None:
+                drawn = _start_uniforms(rows, num_parts, estimator, start, uniforms, generator)
+                labels = _nearest_seed(rows, num_parts, drawn, start)
+            density.maximise(torch.nn.functional.one_hot(labels, num_parts).to(rows.dtype))
+        return _expectation_maximisation(density, rows, center, scale, iterations, reseed_empty)
+
+
+def start_draws(num_parts: int, features: int, estimator: Estimator = "gaussian", start: Start = "kmeans++") -> int:
+    """How many uniform numbers an image's start takes: K seeds, or 2*K*D for random directions."""
+    return 2 * num_parts * features if (estimator, start) == ("vmf", "random") else num_parts
+
+
+# --- EM: E-step (Eq. 12), M-step (Eq. 13-15), hard label (Eq. 16) ----------------------------------------------
+
+
+def _expectation_maximisation(
+    density: _Density, rows: Tensor, center: Tensor, scale: Tensor, iterations: int, reseed_empty: bool
+) -> PartsFit:
+    batch = rows.shape[0]
+    log_likelihood: list[Tensor] = []
+    reseeded = [torch.zeros(batch, dtype=torch.bool, device=rows.device)]
+    for step in range(iterations + 1):
+        joint = density.log_joint()  # log(pi_k p_k(v_i)), [B, N, K]
+        evidence = joint.logsumexp(dim=2)  # [B, N]
+        log_likelihood.append(evidence.sum(dim=1))
+        posteriors = (joint - evidence[..., None]).exp()
+        if step == iterations:
+            break
+        density.maximise(posteriors)
+        empty = posteriors.sum(dim=1) < _EMPTY  # [B, K]
+        if reseed_empty:
+            density.reseed(empty, _worst_explained(rows, evidence, empty))
+        reseeded.append(empty.any(dim=1) & reseed_empty)
+    return PartsFit(
+        labels=posteriors.argmax(dim=2),
+        posteriors=posteriors,
+        weights=density.weights,
+        means=density.means,
+        covariances=density.covariances,
+        log_likelihood=torch.stack(log_likelihood),
+        reseeded=torch.stack(reseeded),
+        rows=rows,
+        center=center,
+        scale=scale,
+    )
+
+
+def _worst_explained(rows: Tensor, evidence: Tensor, empty: Tensor) -> Tensor:
+    """A row for each part, [B, K, D]: the n-th empty part of an image gets its n-th worst explained patch."""
+    worst = evidence.topk(min(empty.shape[1], evidence.shape[1]), dim=1, largest=False).indices  # [B, K]
+    turn = (empty.cumsum(dim=1) - 1).clamp(min=0)  # which empty part this one is
+    chosen = worst.gather(1, turn)
+    return rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[2]))
+
+
+class _Density(Protocol):
+    """Parameters omega_k of the parts of a batch, and what EM asks of them."""
+
+    means: Tensor
+
+    @property
+    def weights(self) -> Tensor: ...
+
+    @property
+    def covariances(self) -> Tensor | None: ...
+
+    def log_joint(self) -> Tensor:
+        """log(pi_k p_k(v_i | omega_k)): [B, N, K]."""
+        ...
+
+    def maximise(self, posteriors: Tensor) -> None:
+        """M-step."""
+        ...
+
+    def reseed(self, empty: Tensor, rows: Tensor) -> None:
+        """Start the parts marked in `empty` [B, K] again, from `rows` [B, K, D]."""
+        ...
+
+
+class _Gaussian:
+    """What the three covariances share: weights (Eq. 13), means (Eq. 14), re-seeding."""
+
+    def __init__(self, rows: Tensor, floor: float) -> None:
+        self.rows, self.floor = rows, floor
+        self.weights = self.means = rows.new_zeros(0)
+        centred = rows - rows.mean(dim=1, keepdim=True)
+        self.spread = centred.square().mean(dim=(1, 2)).clamp(min=floor)  # variance a re-seeded part gets, [B]
+
+    def _weights_and_means(self, posteriors: Tensor) -> Tensor:
+        """Eq. 13 and 14; returns the (never zero) number of patches of each part, [B, K]."""
+        counts = posteriors.sum(dim=1)
+        self.weights = counts / counts.sum(dim=1, keepdim=True)
+        counts = counts.clamp(min=_TINY)
+        self.means = posteriors.transpose(1, 2) @ self.rows / counts[..., None]
+        return counts
+
+    def _reseed_means(self, empty: Tensor, rows: Tensor) -> None:
+        weights = torch.where(empty, 1.0 / self.rows.shape[1], self.weights)
+        self.weights = weights / weights.sum(dim=1, keepdim=True)
+        self.means = torch.where(empty[..., None], rows, self.means)
+
+    def _log_weights(self) -> Tensor:
+        return self.weights.clamp(min=_TINY).log()
+
+
+class DiagonalGaussian(_Gaussian):
+    """C_k = diag(variances). Raising a variance to the floor is the constrained maximum, so EM stays monotone."""
+
+    def __init__(self, rows: Tensor, floor: float) -> None:
+        super().__init__(rows, floor)
+        self.squares_and_rows = torch.cat([rows.square(), rows], dim=2)  # [B, N, 2D]: one product serves both
+        self.variances = rows.new_zeros(0)
+
+    @property
+    def covariances(self) -> Tensor:
+        return self.variances
+
+    def maximise(self, posteriors: Tensor) -> None:
+        counts = posteriors.sum(dim=1)
+        self.weights = counts / counts.sum(dim=1, keepdim=True)
+        moments = posteriors.transpose(1, 2) @ self.squares_and_rows / counts.clamp(min=_TINY)[..., None]
+        second, self.means = moments.chunk(2, dim=2)
+        self.variances = (second - self.means.square()).clamp(min=self.floor)
+
+    def log_joint(self) -> Tensor:
+        precision = self.variances.reciprocal()
+        slopes = torch.cat([-0.5 * precision, self.means * precision], dim=2)  # [B, K, 2D]
+        constant = self._log_weights() - 0.5 * (
+            self.means.square() * precision + self.variances.log() + math.log(2 * math.pi)
+        ).sum(dim=2)
+        return torch.baddbmm(constant[:, None], self.squares_and_rows, slopes.transpose(1, 2))
+
+    def reseed(self, empty: Tensor, rows: Tensor) -> None:
+        self._reseed_means(empty, rows)
+        self.variances = torch.where(empty[..., None], self.spread[:, None, None], self.variances)
+
+
+class SphericalGaussian(_Gaussian):
+    """C_k = variance_k * I."""
+
+    def __init__(self, rows: Tensor, floor: float) -> None:
+        super().__init__(rows, floor)
+        self.norms = rows.square().sum(dim=2)  # [B, N]
+        self.variances = rows.new_zeros(0)
+
+    @property
+    def covariances(self) -> Tensor:
+        return self.variances
+
+    def maximise(self, posteriors: Tensor) -> None:
+        counts = self._weights_and_means(posteriors)
+        second = (self.norms[:, None] @ posteriors)[:, 0] / counts
+        self.variances = ((second - self.means.square().sum(dim=2)) / self.rows.shape[2]).clamp(min=self.floor)
+
+    def log_joint(self) -> Tensor:
+        product = self.rows @ self.means.transpose(1, 2)
+        distance = self.norms[..., None] - 2 * product + self.means.square().sum(dim=2)[:, None]
+        volume = self.rows.shape[2] * (self.variances.log() + math.log(2 * math.pi))
+        return (self._log_weights() - 0.5 * volume)[:, None] - 0.5 * distance / self.variances[:, None]
+
+    def reseed(self, empty: Tensor, rows: Tensor) -> None:
+        self._reseed_means(empty, rows)
+        self.variances = torch.where(empty, self.spread[:, None], self.variances)
+
+
+class FullGaussian(_Gaussian):
+    """C_k with all entries, plus `floor` on the diagonal.
+
+    The ridge makes C_k invertible where a part has fewer patches than features, but the ridged covariance is not
+    the maximiser of the likelihood. An update that would lower the expected log-likelihood is therefore not
+    taken (generalised EM), which keeps the sequence monotone without an eigendecomposition.
+    """
+
+    def __init__(self, rows: Tensor, floor: float) -> None:
+        super().__init__(rows, floor)
+        self.precision: Tensor | None = None  # C_k^-1, [B, K, D, D]
+        self.log_det = rows.new_zeros(0)  # log |C_k|, [B, K]
+        self._covariances = rows.new_zeros(0)
+        self.identity = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
+
+    @property
+    def covariances(self) -> Tensor:
+        return self._covariances
+
+    def maximise(self, posteriors: Tensor) -> None:
+        counts = self._weights_and_means(posteriors)
+        weighted = posteriors.transpose(1, 2)[:, :, None] * self.rows.transpose(1, 2)[:, None]  # [B, K, D, N]
+        second = weighted @ self.rows[:, None] / counts[..., None, None]
+        scatter = second - self.means[..., None] * self.means[..., None, :]  # [B, K, D, D]
+        covariances = (scatter + scatter.transpose(2, 3)) / 2 + self.floor * self.identity
+        factor, failed = torch.linalg.cholesky_ex(covariances)
+        precision = torch.cholesky_inverse(factor)
+        log_det = 2 * factor.diagonal(dim1=2, dim2=3).log().sum(dim=2)
+        better = (failed == 0) & log_det.isfinite()
+        if self.precision is None:
+            spread = self.spread[:, None, None, None]
+            old = spread * self.identity, self.identity / spread, self.rows.shape[2] * self.spread.log()[:, None]
+        else:
+            old = self._covariances, self.precision, self.log_det
+            better = better & (_cost(precision, log_det, scatter) <= _cost(old[1], old[2], scatter))
+        keep = better[..., None, None]
+        self._covariances = torch.where(keep, covariances, old[0])
+        self.precision = torch.where(keep, precision, old[1])
+        self.log_det = torch.where(better, log_det, old[2])
+
+    def log_joint(self) -> Tensor:
+        assert self.precision is not None
+        slopes = self.rows[:, None] @ self.precision  # [B, K, N, D]
+        square = (slopes * self.rows[:, None]).sum(dim=3)
+        offset = (self.precision @ self.means[..., None])[..., 0]  # [B, K, D]
+        cross = (self.rows @ offset.transpose(1, 2)).transpose(1, 2)  # [B, K, N]
+        distance = square - 2 * cross + (offset * self.means).sum(dim=2)[..., None]
+        volume = self.log_det + self.rows.shape[2] * math.log(2 * math.pi)
+        return ((self._log_weights() - 0.5 * volume)[..., None] - 0.5 * distance).transpose(1, 2)
+
+    def reseed(self, empty: Tensor, rows: Tensor) -> None:
+        self._reseed_means(empty, rows)
+        assert self.precision is not None
+        mark, spread = empty[..., None, None], self.spread[:, None, None, None]
+        self._covariances = torch.where(mark, spread * self.identity, self._covariances)
+        self.precision = torch.where(mark, self.identity / spread, self.precision)
+        self.log_det = torch.where(empty, self.rows.shape[2] * self.spread.log()[:, None], self.log_det)
+
+
+def _cost(precision: Tensor, log_det: Tensor, scatter: Tensor) -> Tensor:
+    """Twice the negative expected log-likelihood a patch, without constants: log|C| + tr(C^-1 S), [B, K]."""
+    return log_det + (precision * scatter).sum(dim=(2, 3))
+
+
+class _VonMisesFisher:
+    """Unit means, one fixed concentration, equal weights: log density = kappa * v_i . psi_k + constant."""
+
+    def __init__(self, rows: Tensor, kappa: float) -> None:
+        self.rows, self.kappa = rows, kappa
+        self.means = rows.new_zeros(0)
+
+    @property
+    def weights(self) -> Tensor:
+        batch, parts, _ = self.means.shape
+        return self.means.new_full((batch, parts), 1.0 / parts)
+
+    @property
+    def covariances(self) -> None:
+        return None
+
+    def maximise(self, posteriors: Tensor) -> None:
+        self.means = _unit(posteriors.transpose(1, 2) @ self.rows)
+
+    def log_joint(self) -> Tensor:
+        return self.kappa * (self.rows @ self.means.transpose(1, 2)) - math.log(self.means.shape[1])
+
+    def reseed(self, empty: Tensor, rows: Tensor) -> None:
+        self.means = torch.where(empty[..., None], _unit(rows), self.means)
+
+
+_GAUSSIANS: dict[str, type[DiagonalGaussian] | type[SphericalGaussian] | type[FullGaussian]] = {
+    "diagonal": DiagonalGaussian,
+    "spherical": SphericalGaussian,
+    "full": FullGaussian,
+}
+
+
+# --- The start --------------------------------------------------------------------------------------------------
+
+
+def _start_uniforms(
+    rows: Tensor, num_parts: int, estimator: Estimator, start: Start, uniforms: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    batch, _, features = rows.shape
+    count = start_draws(num_parts, features, estimator, start)
+    if uniforms is None:
+        generator = generator or torch.Generator().manual_seed(0)
+        uniforms = torch.rand(batch, count, generator=generator, device=generator.device)
+    if uniforms.shape != (batch, count):
+        raise ValueError(f"uniforms must be [{batch}, {count}] for this start, got {list(uniforms.shape)}")
+    return uniforms.to(device=rows.device, dtype=rows.dtype)
+
+
+def _nearest_seed(rows: Tensor, num_parts: int, uniforms: Tensor, start: Start) -> Tensor:
+    """Each patch goes to its nearest seed: int64 [B, N]."""
+    distances = _squared_distances(rows)  # [B, N, N]
+    random = start == "random"
+    seeds = _random_patches(rows.shape[1], uniforms) if random else _kmeans_plus_plus(distances, num_parts, uniforms)
+    to_seeds = distances.gather(2, seeds[:, None].expand(-1, rows.shape[1], -1))  # [B, N, K]
+    return to_seeds.argmin(dim=2)
+
+
+def _kmeans_plus_plus(distances: Tensor, num_parts: int, uniforms: Tensor) -> Tensor:
+    """k-means++ seeds (Arthur and Vassilvitskii 2007): each drawn in proportion to its squared distance.
+
+    Where every patch already lies on a seed, the remaining seeds are patch 0. Returns int64 [B, K].
+    """
+    batch, patches, _ = distances.shape
+    seeds = [(uniforms[:, :1] * patches).long().clamp(max=patches - 1)]
+    closest = distances.new_full((batch, patches), math.inf)
+    for k in range(1, num_parts):
+        newest = distances.gather(1, seeds[-1][..., None].expand(-1, 1, patches))[:, 0]
+        closest = torch.minimum(closest, newest)
+        cumulative = closest.cumsum(dim=1)
+        target = uniforms[:, k : k + 1] * cumulative[:, -1:]
+        seeds.append(torch.searchsorted(cumulative, target, right=True) % patches)
+    return torch.cat(seeds, dim=1)
+
+
+def _random_patches(patches: int, uniforms: Tensor) -> Tensor:
+    """K different patches, each as likely as any other (the first K steps of a shuffle): int64 [B, K]."""
+    batch, num_parts = uniforms.shape
+    order = torch.arange(patches, device=uniforms.device).repeat(batch, 1)
+    for k in range(num_parts):
+        other = k + (uniforms[:, k : k + 1] * (patches - k)).long().clamp(max=patches - k - 1)
+        here, there = order[:, k : k + 1].clone(), order.gather(1, other)
+        order.scatter_(1, other, here)
+        order[:, k : k + 1] = there
+    return order[:, :num_parts]
+
+
+def _random_directions(rows: Tensor, num_parts: int, uniforms: Tensor) -> Tensor:
+    """K random unit vectors (normal numbers by Box and Muller, normalised): [B, K, D]."""
+    radius, angle = uniforms.reshape(rows.shape[0], 2, num_parts, rows.shape[2]).unbind(dim=1)
+    normal = (-2 * (1 - radius).clamp(min=_TINY).log()).sqrt() * (2 * math.pi * angle).cos()
+    return _unit(normal)
+
+
+def _squared_distances(rows: Tensor) -> Tensor:
+    """Between the rows of each image: [B, N, N], exactly 0 where rows are equal up to rounding."""
+    norms = rows.square().sum(dim=2)
+    both = norms[:, :, None] + norms[:, None, :]
+    distances = both - 2 * rows @ rows.transpose(1, 2)
+    return torch.where(distances > 4 * _ROUNDING * both, distances, 0.0)
+
+
+# --- Units and checks -------------------------------------------------------------------------------------------
+
+
+def _standardise(graph: Tensor, estimator: Estimator, scaling: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in units of their image: rows, center [B, 1, D], scale [B, 1, 1], with graph = center + scale * rows.
+
+    Division by the largest entry comes first, so that squares of huge or tiny entries stay finite. Unit
+    vectors (vmf) have a scale of their own each; there `center` is 0 and `scale` 1.
+    """
+    if graph.dtype != torch.float64:
+        graph = graph.float()
+    batch, _, features = graph.shape
+    center, scale = graph.new_zeros(batch, 1, features), graph.new_ones(batch, 1, 1)
+    if scaling == "none":
+        return graph, center, scale
+    if estimator == "vmf":
+        return _unit(graph), center, scale
+    largest = graph.abs().amax(dim=(1, 2), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    rows = graph / largest
+    center = rows.mean(dim=1, keepdim=True)
+    rows = rows - center
+    spread = rows.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    constant = spread <= _ROUNDING
+    rows = torch.where(constant, 0.0, rows / spread.clamp(min=_ROUNDING))
+    scale = largest * torch.where(constant, 1.0, spread)
+    return rows, center * largest, scale
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Vectors divided by their length; zero stays zero. Safe for huge and tiny entries."""
+    largest = vectors.abs().amax(dim=-1, keepdim=True)
+    vectors = vectors / torch.where(largest > 0, largest, 1.0)
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=_TINY)
+
+
+def _check_arguments(
+    graph: Tensor,
+    num_parts: int,
+    iterations: int,
+    estimator: str,
+    covariance: str,
+    start: str,
+    scaling: str,
+    floor: float,
+    kappa: float,
+) -> None:
+    if graph.ndim != 3:
+        raise ValueError(f"graph must be [batch, patches, features], got {list(graph.shape)}")
+    if not 1 <= num_parts <= graph.shape[1]:
+        raise ValueError(f"num_parts must be between 1 and the {graph.shape[1]} patches, got {num_parts}")
+    for name, value, known in (
+        ("estimator", estimator, ("gaussian", "vmf")),
+        ("covariance", covariance, tuple(_GAUSSIANS)),
+        ("start", start, ("kmeans++", "random")),
+        ("scaling", scaling, ("image", "none")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    if iterations < 0:
+        raise ValueError(f"iterations must be 0 or more, got {iterations}")
+    if floor < 0 or kappa <= 0:
+        raise ValueError(f"covariance_floor must be 0 or more and kappa above 0, got {floor} and {kappa}")
+
+
+def _check_finite(graph: Tensor) -> None:
+    finite = graph.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        wrong = (~finite).nonzero()[:, 0].tolist()
+        raise ValueError(f"the patch graph of image {wrong[0]} has NaN or infinite entries (images {wrong[:8]} of the batch)")
