@@ -1,0 +1,1 @@
+"""Masked autoencoders (He et al., CVPR 2022) pre-trained with evolved part masking."""
