@@ -1,0 +1,1 @@
+"""Training machinery that all trainers share; one duty a file."""

@@ -1,0 +1,143 @@
+"""Checkpoints: written atomically, read without running code from them, resumed by a written order.
+
+Layout (the keys `model`, `optimizer`, `epoch`, `scaler` are those of the official MAE checkpoints, so that weights
+move both ways):
+
+    model, optimizer, scaler   state dicts
+    epoch                      last finished epoch, -1 before the first
+    update                     updates done in the epoch after it; 0 at an epoch's end
+    meters                     sums of the unfinished epoch's log line
+    mask                       state of the mask
+    ema                        weights of the moving average, or None
+    config, mask_config        plain dicts
+    effective_batch, samples   images an update, and samples an epoch
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.mask_config import MaskConfig
+from common.training.config import TrainConfig
+from common.training.errors import BadInput
+
+LAST = "checkpoint-last.pth"
+
+FREE_TO_CHANGE = frozenset(
+    (
+        *("data_path", "download", "num_workers", "pin_mem", "on_bad_image", "batch_size", "accum_iter", "device", "compile"),
+        *("output_dir", "log_dir", "resume", "init_from", "save_freq", "save_steps", "picture_epochs", "picture_images"),
+    )
+)
+"""Flags that a resumed run may change: what they say does not alter the weights of the run, or is checked apart."""
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Writes `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours or of the official code, on the CPU. No code in it is run.
+
+    Raises:
+        BadInput: not there, not readable, or not a checkpoint.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official checkpoints hold their flags in one
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise BadInput(f"checkpoint {path}: {reason}") from None
+    if not isinstance(state, dict):
+        raise BadInput(f"checkpoint {path}: holds a {type(state).__name__}, not a dict with the key 'model'")
+    return state
+
+
+def find_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint that a run continues. The first that applies:
+
+    1. --resume PATH: that file; it must exist.
+    2. --resume auto: <output_dir>/checkpoint-last.pth, if it exists.
+    3. --resume none, or auto without such a file: a new run, from --init_from's weights if given, else random ones.
+    """
+    if config.resume == "none":
+        return None
+    if config.resume != "auto":
+        return Path(config.resume)
+    last = Path(config.output_dir) / LAST
+    return last if last.exists() else None
+
+
+def check_same_run(
+    state: dict[str, Any], path: Path, config: TrainConfig, mask_config: MaskConfig, effective_batch: int, samples: int
+) -> None:
+    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run with these settings."""
+    if "config" not in state or "mask" not in state:
+        raise BadInput(f"checkpoint {path}: has no training state to resume; --init_from takes its weights")
+    differs = _differences(state["config"], asdict(config), FREE_TO_CHANGE) + _differences(
+        state["mask_config"], asdict(mask_config)
+    )
+    for name, value in (("effective_batch", effective_batch), ("samples", samples)):
+        if state[name] != value:
+            differs.append(f"{name} {state[name]} -> {value}")
+    if differs:
+        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+
+
+def _differences(saved: dict[str, Any], mine: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in mine.items()}
+    held = {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
+    keys = sorted((set(plain) | set(held)) - free)
+    return [f"--{key} {held.get(key)!r} -> {plain.get(key)!r}" for key in keys if held.get(key) != plain.get(key)]
+
+
+def load_weights(model: nn.Module, path: Path, may_miss: tuple[str, ...] = ()) -> str:
+    """Loads the weights of a checkpoint, strictly.
+
+    Args:
+        may_miss: prefixes of keys that an encoder-only checkpoint lacks; they are missing all or not at all.
+
+    Returns:
+        One line that says what was loaded, and what was missing and keeps its random start.
+
+    Raises:
+        BadInput: keys missing beyond those, keys left over, or shapes that differ; names them.
+    """
+    state = read_checkpoint(path)
+    weights = state.get("model", state)
+    mine = model.state_dict()
+    missing = [key for key in mine if key not in weights]
+    left_over = [key for key in weights if key not in mine]
+    shapes = [
+        f"{key} {list(weights[key].shape)} instead of {list(mine[key].shape)}"
+        for key in mine
+        if key in weights and weights[key].shape != mine[key].shape
+    ]
+    optional = [key for key in mine if key.startswith(may_miss)] if may_miss else []
+    if left_over or shapes or (missing and missing != optional):
+        problems = {"missing": missing, "not of this model": left_over, "of another shape": shapes}
+        listed = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+        raise BadInput(f"checkpoint {path}: does not fit the model ({listed})")
+    model.load_state_dict(weights, strict=not missing)
+    if missing:
+        return f"loaded {path}: encoder only; {len(missing)} decoder tensors are missing and start at random ({_some(missing)})"
+    return f"loaded {path}: all {len(mine)} tensors"
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")

@@ -1,0 +1,265 @@
+"""Typed configuration, and a command line made from it.
+
+A configuration is a frozen dataclass whose fields carry their help text. The same fields are the flags of the
+command line and the keys of a TOML file, so that a default is written once. Values are checked when the
+dataclass is built, before a model, a data set or a GPU is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tomllib
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from common.mask_config import RECIPES, MaskConfig
+from common.training.errors import BadInput
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field with a help text. `group` puts it under a heading of --help."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What every pre-training run has. Names are the official MAE flags where those exist.
+
+    Raises:
+        BadInput: a value outside its range, naming the flag.
+    """
+
+    # data
+    data_path: str = option("", "folder of images: train/<class>/*.jpg as ImageNet, or images directly in it", group="data")
+    dataset: Literal["auto", "folder", "photos", "cifar10", "cifar100", "stl10", "fashion-mnist"] = option(
+        "auto",
+        "auto: a folder if --data_path is given, else the photographs inside the scikit-image and scikit-learn wheels; "
+        "the named sets are read by torchvision from --data_path",
+        group="data",
+    )
+    download: bool = option(False, "let torchvision download the named data set into --data_path", group="data")
+    input_size: str = option("224", "image size in pixels: 224, or HEIGHTxWIDTH such as 192x256", group="data")
+    crop_scale: tuple[float, float] = option((0.2, 1.0), "area of the random crop, as shares of the image", group="data")
+    flip: bool = option(True, "flip half of the images", group="data")
+    repeat: int = option(1, "random crops taken of each image in an epoch (for small data sets)", group="data")
+    on_bad_image: Literal["raise", "skip"] = option(
+        "raise",
+        "unreadable or truncated image: stop and name it, or put another in its place and count it in the log",
+        group="data",
+    )
+    num_workers: int = option(
+        -1, "loader processes a rank; -1: the cores of this machine shared by its ranks, at most 10", group="data"
+    )
+    pin_mem: bool = option(True, "page-locked host memory for copies to a GPU", group="data")
+
+    # model
+    model: str = option("", "name of the model", group="model")
+    mask_ratio: float = option(0.75, "share of patches that are masked, floor(N * ratio) of N", group="model")
+
+    # optimisation
+    batch_size: int = option(
+        64, "images a rank and accumulation step; effective batch = batch_size * accum_iter * ranks", group="optimisation"
+    )
+    accum_iter: int = option(1, "accumulation steps before each update", group="optimisation")
+    epochs: int = option(200, "length of the run", group="optimisation")
+    lr: float | None = option(None, "absolute learning rate; default: blr * effective batch / 256", group="optimisation")
+    blr: float = option(1.5e-4, "base learning rate, for an effective batch of 256", group="optimisation")
+    min_lr: float = option(0.0, "learning rate at the end of the cosine", group="optimisation")
+    warmup_epochs: float = option(40, "epochs of linear warm-up", group="optimisation")
+    weight_decay: float = option(0.05, "AdamW weight decay, not on biases and norms", group="optimisation")
+    beta1: float = option(0.9, "AdamW beta 1", group="optimisation")
+    beta2: float = option(0.95, "AdamW beta 2", group="optimisation")
+    clip_grad: float | None = option(None, "clip the norm of the gradient to this", group="optimisation")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "auto: bf16 autocast on a GPU, fp32 on a CPU; fp16 uses a gradient scaler", group="optimisation"
+    )
+    compile: bool = option(False, "torch.compile the training step (the attention pass stays eager)", group="optimisation")
+
+    # run
+    output_dir: str = option("./output_dir", "checkpoints, log.txt, run.json and pictures", group="run")
+    log_dir: str = option("", "TensorBoard events; default: <output_dir>/tensorboard", group="run")
+    resume: str = option(
+        "auto",
+        "auto: continue <output_dir>/checkpoint-last.pth if there is one; none: start anew; or a checkpoint's path",
+        group="run",
+    )
+    init_from: str = option("", "start from the weights of this checkpoint (ours or official) at epoch 0", group="run")
+    save_freq: int = option(
+        20, "keep a numbered checkpoint every so many epochs (checkpoint-last.pth is written every epoch)", group="run"
+    )
+    save_steps: int = option(0, "also write checkpoint-last.pth every so many updates within an epoch; 0: never", group="run")
+    picture_epochs: int = option(5, "how many times over the run parts and masks are drawn; 0: never", group="run")
+    picture_images: int = option(4, "how many images those pictures show", group="run")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="run")
+    seed: int = option(0, "of weights, order, crops and masks", group="run")
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "batch_size", "accum_iter", "epochs", "repeat", "save_freq")
+        self._at_least(
+            0, "blr", "min_lr", "warmup_epochs", "weight_decay", "save_steps", "picture_epochs", "picture_images", "seed"
+        )
+        self._at_least(-1, "num_workers")
+        for name in ("lr", "clip_grad"):
+            value = getattr(self, name)
+            self._require(name, value is None or (value > 0 and math.isfinite(value)), "must be above 0")
+        for name in ("beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        self._require("mask_ratio", 0 < self.mask_ratio < 1, "must be inside (0, 1)")
+        low, high = self.crop_scale
+        self._require("crop_scale", 0 < low <= high <= 1, "must be two shares 0 < low <= high <= 1")
+        self._require("warmup_epochs", self.warmup_epochs <= self.epochs, f"must not be above --epochs {self.epochs}")
+        self._require("output_dir", bool(self.output_dir), "must name a folder")
+        self._require("input_size", min(self.image_size) > 0, "must be SIZE or HEIGHTxWIDTH in pixels")
+        if self.dataset != "auto" and self.dataset not in ("photos", "fashion-mnist"):
+            self._require("data_path", bool(self.data_path), f"is needed for --dataset {self.dataset}")
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                self._require(name, getattr(self, name) in get_args(hint), f"must be one of {', '.join(get_args(hint))}")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels; (0, 0) if it cannot be read."""
+        words = self.input_size.lower().split("x")
+        if len(words) > 2 or not all(word.isdecimal() for word in words):
+            return (0, 0)
+        return (int(words[0]), int(words[-1]))
+
+    def _at_least(self, bound: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value >= bound, f"must be {bound} or more")
+
+    def _require(self, name: str, good: bool, rule: str) -> None:
+        if not good:
+            raise BadInput(f"--{name} {rule}, got {getattr(self, name)!r}")
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def parse_arguments(config_class: type[Config], program: str, description: str, argv: Sequence[str]) -> tuple[Config, MaskConfig]:
+    """Command line -> checked configuration.
+
+    Precedence, the later wins: defaults, then --recipe, then --config, then the flags.
+
+    Raises:
+        BadInput: an unknown flag or key, an unreadable file, or a value outside its range.
+    """
+    given = vars(_parser(config_class, program, description).parse_args(argv))
+    recipe, file = given.pop("recipe", None), given.pop("config", None)
+    values = {**(_read_toml(file, config_class) if file else {}), **given}
+    recipe = recipe or values.pop("recipe", "paper")
+    values.pop("recipe", None)
+    mask_names = {one.name for one in fields(MaskConfig)}
+    mask_values = {key: value for key, value in values.items() if key in mask_names}
+    try:
+        mask = MaskConfig.from_recipe(recipe, **mask_values)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from None
+    return config_class(**{key: value for key, value in values.items() if key not in mask_names}), mask
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage, and raised."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message} (see --help)")
+
+
+class _Help(argparse.HelpFormatter):
+    """Wide enough that one flag is one or two lines."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=120)
+
+
+def _parser(config_class: type[TrainConfig], program: str, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help, usage=f"{program} [flags]")
+    parser.add_argument(
+        "--config", default=argparse.SUPPRESS, metavar="FILE", help="TOML file of flags, such as those in recipes/"
+    )
+    groups: dict[str, Any] = {}
+    for one in fields(config_class):
+        heading = one.metadata.get("group", "model")
+        groups.setdefault(heading, parser.add_argument_group(heading) if heading not in groups else None)
+        _add_flag(groups[heading], one, get_type_hints(config_class)[one.name])
+    group = parser.add_argument_group("mask", "the method's choices; docs/method.md explains each")
+    group.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        default=argparse.SUPPRESS,
+        help="paper (the default), or authors: all mask options as in the authors' released code",
+    )
+    for one in fields(MaskConfig):
+        _add_flag(group, one, get_type_hints(MaskConfig)[one.name])
+    return parser
+
+
+def _add_flag(group: Any, one: Field[Any], hint: Any) -> None:
+    help = one.metadata["help"] + ("" if one.default in (None, "", MISSING) else f" [{_shown(one.default)}]")
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+    if hint is bool:
+        group.add_argument(f"--{one.name}", f"--no_{one.name}", action=_Switch, nargs=0, **common)
+    elif get_origin(hint) is Literal:
+        group.add_argument(f"--{one.name}", choices=get_args(hint), **common)
+    elif get_origin(hint) is tuple:
+        group.add_argument(f"--{one.name}", type=float, nargs=2, metavar=("LOW", "HIGH"), action=_Pair, **common)
+    else:
+        group.add_argument(f"--{one.name}", type=_scalar(hint), metavar=_scalar(hint).__name__.upper(), **common)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+class _Switch(argparse.Action):
+    """--name sets True, --no_name False, in the style of the official --pin_mem and --no_pin_mem."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, option_string == f"--{self.dest}")
+
+
+class _Pair(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _scalar(hint: Any) -> Any:
+    """int, float or str of an annotation such as `float | None`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(one for one in get_args(hint) if one is not type(None))
+    return hint
+
+
+def _read_toml(file: str, config_class: type[TrainConfig]) -> dict[str, Any]:
+    """Keys and values of a recipe file, types checked."""
+    try:
+        values = tomllib.loads(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"--config {file}: {error}") from None
+    hints = {**get_type_hints(config_class), **get_type_hints(MaskConfig), "recipe": str}
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise BadInput(f"--config {file}: unknown key {', '.join(unknown)}")
+    return {key: _typed(value, hints[key], f"--config {file}: {key}") for key, value in values.items()}
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    if get_origin(hint) is tuple:
+        if not (isinstance(value, list) and len(value) == 2 and all(type(one) in (int, float) for one in value)):
+            raise BadInput(f"{where} must be two numbers, got {value!r}")
+        return tuple(map(float, value))
+    wanted = str if get_origin(hint) is Literal else _scalar(hint)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is str and type(value) is int:
+        return str(value)
+    if type(value) is not wanted:
+        raise BadInput(f"{where} must be {wanted.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,221 @@
+"""Training samples: what is drawn for an image depends on (seed, epoch, index) alone, and in what order they come.
+
+A sample key is (epoch, index), index in 0..len-1 over the repeated data set. The loader's processes get keys,
+so they need no state: crops are the same for any number of workers, ranks and accumulation steps, and after a
+resume in the middle of an epoch.
+
+B images of a rank and accumulation step
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from common.draws import Stream, hash_seed
+from common.training.config import TrainConfig
+from common.training.distributed import Processes
+from common.training.errors import BadInput
+from common.training.sources import ImageSource
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_REPLACEMENTS = 16  # how many images are tried in the place of an unreadable one
+
+Key = tuple[int, int]
+Transform = Callable[[Image.Image], Any]
+
+
+@dataclass
+class Batch:
+    """Samples of one rank and accumulation step.
+
+    Attributes:
+        views: tensors with the batch first, what the transform returned; views[0] are the images [B, 3, H, W].
+        sample_ids: int64 [B].
+        names: file or record of each image.
+        bad: one line for each image that could not be read.
+    """
+
+    views: tuple[Tensor, ...]
+    sample_ids: Tensor
+    names: list[str]
+    bad: list[str]
+
+    @property
+    def images(self) -> Tensor:
+        return self.views[0]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        views = tuple(view.to(device, non_blocking=True) for view in self.views)
+        return Batch(views, self.sample_ids.to(device, non_blocking=True), self.names, self.bad)
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader."""
+        return Batch(tuple(view.pin_memory() for view in self.views), self.sample_ids.pin_memory(), self.names, self.bad)
+
+
+class Samples(Dataset[Any]):
+    """Random crops of the images of a source.
+
+    Args:
+        source: the images.
+        transform: image -> tensor or tuple of tensors; its random numbers come from torch's CPU generator, which
+            is seeded for each sample and put back.
+        repeat: crops of each image in an epoch.
+        skip_bad: put another image in the place of an unreadable one instead of stopping.
+    """
+
+    def __init__(self, source: ImageSource, transform: Transform, seed: int, repeat: int = 1, skip_bad: bool = False) -> None:
+        self.source, self.transform = source, transform
+        self.seed, self.repeat, self.skip_bad = seed, repeat, skip_bad
+
+    def __len__(self) -> int:
+        return len(self.source) * self.repeat
+
+    def __getitem__(self, key: Key) -> tuple[tuple[Tensor, ...] | None, int, str, list[str]]:
+        epoch, index = key
+        image, name, bad = self._readable(epoch, index)
+        if image is None:
+            return None, index, name, bad
+        with seeded(hash_seed(self.seed, epoch, index, Stream.AUGMENT)):
+            views = self.transform(image)
+        return views if isinstance(views, tuple) else (views,), index, name, bad
+
+    def _readable(self, epoch: int, index: int) -> tuple[Image.Image | None, str, list[str]]:
+        """Image `index`, or with `skip_bad` another one drawn for this sample; and what could not be read."""
+        bad: list[str] = []
+        place, name = index % len(self.source), ""
+        for attempt in range(_REPLACEMENTS):
+            name = self.source.name(place)
+            try:
+                return self.source.load(place), name, bad
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                bad.append(f"{name}: {error}")
+            if not self.skip_bad:
+                break
+            place = hash_seed(self.seed + attempt, epoch, index, Stream.REPLACE) % len(self.source)
+        return None, name, bad
+
+
+def collate(samples: list[tuple[tuple[Tensor, ...] | None, int, str, list[str]]]) -> Batch:
+    """Samples -> Batch; views are empty when an image was unreadable and must not be skipped."""
+    read = [views for views, _, _, _ in samples if views is not None]
+    whole = len(read) == len(samples)
+    return Batch(
+        views=tuple(torch.stack(view) for view in zip(*read, strict=True)) if whole else (),
+        sample_ids=torch.tensor([index for _, index, _, _ in samples]),
+        names=[name for _, _, name, _ in samples],
+        bad=[line for _, _, _, lines in samples for line in lines],
+    )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator seeded inside, as it was outside."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+class RankBatches(Sampler[list[Key]]):
+    """Keys of one rank, a list for each accumulation step; the order of an epoch is one shuffle shared by all.
+
+    Update s of an epoch takes the samples s*G..(s+1)*G-1 of the shuffle (G = effective batch), accumulation step
+    a of rank r the r-th part of their a-th part. One process with the batch of two sees the same images in each
+    update as the two. Samples that do not fill an update are left out of the epoch.
+
+    Raises:
+        BadInput: an epoch would have no update at all.
+    """
+
+    def __init__(self, length: int, config: TrainConfig, processes: Processes) -> None:
+        self.length, self.seed = length, config.seed
+        self.batch_size, self.accum_iter = config.batch_size, config.accum_iter
+        self.rank, self.world = processes.rank, processes.world
+        self.effective_batch = self.batch_size * self.accum_iter * self.world
+        self.updates = length // self.effective_batch
+        if self.updates == 0:
+            raise BadInput(
+                f"--batch_size {self.batch_size} x --accum_iter {self.accum_iter} x {self.world} ranks = {self.effective_batch} "
+                f"images an update, but an epoch has {length}: nothing would ever be updated "
+                f"(lower them, or raise --repeat {config.repeat})"
+            )
+        self.epoch, self.first_update = 0, 0
+
+    def start_at(self, epoch: int, update: int = 0) -> None:
+        """The next pass begins at this update of this epoch."""
+        self.epoch, self.first_update = epoch, update
+
+    def __len__(self) -> int:
+        return (self.updates - self.first_update) * self.accum_iter
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, self.epoch, 0, Stream.ORDER))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for step in range(self.first_update * self.accum_iter, self.updates * self.accum_iter):
+            first = (step * self.world + self.rank) * self.batch_size
+            yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
+
+
+def make_loader(samples: Samples, batches: RankBatches, config: TrainConfig, processes: Processes) -> DataLoader[Any]:
+    """Loader of this rank's batches."""
+    workers = count_workers(config.num_workers)
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=config.pin_mem and processes.device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+
+
+def count_workers(asked: int) -> int:
+    """--num_workers, or this rank's share of the usable cores, at most 10."""
+    if asked >= 0:
+        return asked
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(10, len(os.sched_getaffinity(0)) // ranks)
+
+
+def training_transform(config: TrainConfig) -> Transform:
+    """MAE's augmentation: random resized crop (bicubic), flip, ImageNet normalisation."""
+    crop = transforms.RandomResizedCrop(config.image_size, scale=config.crop_scale, interpolation=InterpolationMode.BICUBIC)
+    flip = [transforms.RandomHorizontalFlip()] if config.flip else []
+    return transforms.Compose([crop, *flip, *_to_tensor()])
+
+
+def picture_transform(config: TrainConfig) -> Transform:
+    """The middle of an image, for pictures."""
+    height, width = config.image_size
+    middle = [
+        transforms.Resize(max(height, width), interpolation=InterpolationMode.BICUBIC),
+        transforms.CenterCrop((height, width)),
+    ]
+    return transforms.Compose([*middle, *_to_tensor()])
+
+
+def _to_tensor() -> list[Any]:
+    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """Normalised images [..., 3, H, W] -> values in 0..1."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images * std + mean).clamp(0, 1)

@@ -1,0 +1,25 @@
+"""Errors of the user's making: one line that names the flag, file or value, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+class BadInput(Exception):
+    """The command line, the data or a checkpoint cannot be used; the message is one line for the user."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient became NaN or infinite; the message says where and what was saved."""
+
+
+def run_cli(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs `main` and turns BadInput into one line on stderr and exit code 2. Other errors keep their traceback."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except BadInput as error:
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "on_this_rank", False):
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

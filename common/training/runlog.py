@@ -1,0 +1,171 @@
+"""What a run writes about itself: run.json, log.txt (a JSON line an epoch), TensorBoard events, progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from common.mask_config import MaskConfig
+from common.training.config import TrainConfig
+from common.training.distributed import Processes
+from common.training.errors import BadInput
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "tensorboard", "submitit")
+
+
+class RunLog:
+    """Files of a run; on ranks other than the main one nothing is written."""
+
+    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+        self.folder = Path(config.output_dir)
+        self.tensorboard_folder = Path(config.log_dir) if config.log_dir else self.folder / "tensorboard"
+        self.active = processes.is_main
+        self.writer: SummaryWriter | None = None
+
+    def open(self, facts: dict[str, Any], first_epoch: int, first_update: int) -> None:
+        """Starts or continues the log: lines of epochs that will be run again are dropped."""
+        if not self.active:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--output_dir {self.folder}: {error.strerror}") from None
+        self._write_run_json(facts)
+        log = self.folder / "log.txt"
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
+        _write_text(log, "".join(f"{line}\n" for line in kept))
+        self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=first_update)
+
+    def epoch(self, line: dict[str, Any], update: int) -> None:
+        """Appends the epoch's line, and its numbers to TensorBoard."""
+        if not self.active:
+            return
+        with (self.folder / "log.txt").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for key, value in line.items():
+            if isinstance(value, (int, float)):
+                self.scalar(f"epoch/{key}", value, update)
+
+    def scalar(self, name: str, value: float, update: int) -> None:
+        """A number for TensorBoard."""
+        if self.writer:
+            self.writer.add_scalar(name, value, update)
+
+    def image(self, name: str, picture: Any, update: int) -> None:
+        """A picture [H, W, 3] uint8 for TensorBoard."""
+        if self.writer:
+            self.writer.add_image(name, picture, update, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes the events."""
+        if self.writer:
+            self.writer.close()
+
+    def say(self, text: str) -> None:
+        """A line for the user, without breaking the progress bar."""
+        if self.active:
+            bar = _tqdm()
+            (bar.write if bar else print)(text)
+            sys.stdout.flush()
+
+    def _write_run_json(self, facts: dict[str, Any]) -> None:
+        """The first start is kept; every later one is added to `resumed`."""
+        path = self.folder / "run.json"
+        if path.exists() and facts["resumed_from"]:
+            first = json.loads(path.read_text())
+            first.setdefault("resumed", []).append(facts)
+            facts = first
+        _write_text(path, json.dumps(facts, indent=2) + "\n")
+
+
+def run_facts(
+    config: TrainConfig, mask_config: MaskConfig, processes: Processes, resumed_from: Path | None, **more: Any
+) -> dict[str, Any]:
+    """What is needed to repeat a run."""
+    gpu = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else None
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "config": asdict(config),
+        "mask": asdict(mask_config),
+        "git": _git_commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "device": {
+            "type": processes.device.type,
+            "name": gpu or platform.processor() or platform.machine(),
+            "world_size": processes.world,
+            "threads": torch.get_num_threads(),
+            "host": platform.node(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        },
+        "resumed_from": str(resumed_from) if resumed_from else None,
+        **more,
+    }
+
+
+def progress(steps: Iterable[Any], total: int, title: str, active: bool) -> Any:
+    """A progress bar around `steps`; nothing is drawn where stderr is not a terminal, or without tqdm."""
+    bar = _tqdm()
+    if not (bar and active):
+        return _Silent(steps)
+    return bar(steps, total=total, desc=title, dynamic_ncols=True, leave=False, disable=None, unit="step")
+
+
+class _Silent:
+    """Stands in for a progress bar."""
+
+    def __init__(self, steps: Iterable[Any]) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Any:
+        return iter(self.steps)
+
+    def set_postfix_str(self, text: str) -> None:
+        pass
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
+
+
+def _git_commit() -> dict[str, Any] | None:
+    """Commit of this code, and whether files differ from it."""
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,192 @@
+"""Where images come from: an ImageNet-style folder, a flat folder, torchvision's sets, or the embedded photographs.
+
+A source has a length, loads image i as RGB, and names it for error messages.
+"""
+
+from __future__ import annotations
+
+import gzip
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from common.training.config import TrainConfig
+from common.training.errors import BadInput
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts its four files."""
+
+PHOTOS = {
+    "skimage": (
+        "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png",
+        "motorcycle_right.png", "camera.png", "coins.png", "brick.png", "grass.png", "gravel.png",
+    ),
+    "sklearn": ("china.jpg", "flower.jpg"),
+}  # fmt: skip
+_PHOTO_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
+_LONGEST_PHOTO_SIDE = 512
+
+
+class ImageSource(Protocol):
+    """Images by number."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Image.Image:
+        """Image `index` as RGB. Raises OSError or ValueError if it cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """File or record of image `index`."""
+        ...
+
+
+class FileSource:
+    """Image files, in the order given."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, index: int) -> Image.Image:
+        with Image.open(self.paths[index]) as image:
+            return image.convert("RGB")
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+class PhotoSource(FileSource):
+    """The photographs inside the scikit-image and scikit-learn wheels, at most 512 px long, kept in memory."""
+
+    def __init__(self) -> None:
+        super().__init__([_photo_path(package, name) for package, names in PHOTOS.items() for name in names])
+        self._cached = lru_cache(maxsize=None)(self._shrunk)
+
+    def load(self, index: int) -> Image.Image:
+        return self._cached(index)
+
+    def _shrunk(self, index: int) -> Image.Image:
+        image = super().load(index)
+        image.thumbnail((_LONGEST_PHOTO_SIDE, _LONGEST_PHOTO_SIDE))
+        return image
+
+
+class ArraySource:
+    """Images in one uint8 array, [n, H, W] grey or [n, H, W, 3] colour."""
+
+    def __init__(self, images: np.ndarray, label: str) -> None:
+        self.images, self.label = images, label
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index]).convert("RGB")
+
+    def name(self, index: int) -> str:
+        return f"{self.label}[{index}]"
+
+
+def open_source(config: TrainConfig) -> ImageSource:
+    """The source that --dataset and --data_path name.
+
+    Raises:
+        BadInput: nothing there, or not in the expected layout; names the place.
+    """
+    kind = config.dataset
+    if kind == "auto":
+        kind = "folder" if config.data_path else "photos"
+    if kind == "photos":
+        return PhotoSource()
+    if kind == "folder":
+        return FileSource(find_images(Path(config.data_path)))
+    return ArraySource(_torchvision_images(kind, config.data_path, config.download), kind)
+
+
+def find_images(root: Path) -> list[Path]:
+    """Images of `root`/train/<class>/, `root`/<class>/, or directly in one of those, sorted.
+
+    Raises:
+        BadInput: no such folder, or a folder without classes and without images, naming it.
+    """
+    if not root.is_dir():
+        raise BadInput(f"--data_path {root}: no such folder")
+    train = root / "train"
+    folder = train if train.is_dir() else root
+    classes = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+    images = [path for one in classes for path in sorted(one.rglob("*")) if _is_image(path)]
+    images = images or [path for path in sorted(folder.iterdir()) if _is_image(path)]
+    if images:
+        return images
+    if not classes:
+        raise BadInput(
+            f"--data_path {root}: {folder} has no class folders and no images (expected train/<class>/*.jpg, or images)"
+        )
+    raise BadInput(f"--data_path {root}: no images in the {len(classes)} class folders of {folder} ({', '.join(IMG_EXTENSIONS)})")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+
+
+def _photo_path(package: str, name: str) -> Path:
+    spec = find_spec(package)
+    path = Path(spec.origin).parent / _PHOTO_FOLDERS[package] / name if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise BadInput(
+            f"--dataset photos needs the photograph {name} of {package}: "
+            "pip install -r requirements-demo.txt, or give --data_path"
+        )
+    return path
+
+
+def _torchvision_images(kind: str, data_path: str, download: bool) -> np.ndarray:
+    """Training images of a named set: uint8 [n, H, W(, 3)]."""
+    if kind == "fashion-mnist" and not download:
+        folder = _idx_folder(Path(data_path) if data_path else DEBIAN_FASHION_MNIST)
+        if folder:
+            return read_idx_images(folder)
+    try:
+        if kind == "stl10":
+            return datasets.STL10(data_path, split="train+unlabeled", download=download).data.transpose(0, 2, 3, 1)
+        if kind == "fashion-mnist":
+            return datasets.FashionMNIST(data_path or ".", train=True, download=download).data.numpy()
+        maker = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
+        return maker(data_path, train=True, download=download).data
+    except (RuntimeError, OSError) as error:
+        hint = " (or install Debian's dataset-fashion-mnist)" if kind == "fashion-mnist" else ""
+        reason = str(error).splitlines()[0]
+        raise BadInput(
+            f"--dataset {kind}: cannot be read from --data_path {data_path!r}{hint}: {reason}; --download fetches it"
+        ) from None
+
+
+def _idx_folder(folder: Path) -> Path | None:
+    """`folder` if it holds the gzipped training images as Debian's package ships them."""
+    return folder if (folder / "train-images-idx3-ubyte.gz").is_file() else None
+
+
+def read_idx_images(folder: Path) -> np.ndarray:
+    """Training images of an MNIST-like set in the IDX format (magic 2051, then n, rows, columns): uint8 [n, H, W].
+
+    Raises:
+        BadInput: not such a file, or shorter than its header says.
+    """
+    path = folder / "train-images-idx3-ubyte.gz"
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise BadInput(f"{path}: {error}") from None
+    header = np.frombuffer(raw[:16], dtype=">i4")
+    if len(header) < 4 or header[0] != 2051 or len(raw) != 16 + int(np.prod(header[1:].astype(np.int64))):
+        raise BadInput(f"{path}: not an IDX file of images, or cut short")
+    return np.frombuffer(raw, dtype=np.uint8, offset=16).reshape(header[1:])
