@@ -60,8 +60,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official checkpoints hold their flags in one
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+    except FileNotFoundError:
+        raise BadInput(f"checkpoint {path}: no such file") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, LookupError) as error:
+        reason = next(iter(str(error).splitlines()), "empty or cut short")
         raise BadInput(f"checkpoint {path}: {reason}") from None
     if not isinstance(state, dict):
         raise BadInput(f"checkpoint {path}: holds a {type(state).__name__}, not a dict with the key 'model'")

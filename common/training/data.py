@@ -74,12 +74,14 @@ class Samples(Dataset[Any]):
         transform: image -> tensor or tuple of tensors; its random numbers come from torch's CPU generator, which
             is seeded for each sample and put back.
         repeat: crops of each image in an epoch.
-        skip_bad: put another image in the place of an unreadable one instead of stopping.
+
+    In the place of an unreadable image stands another one, and the batch says so: whether to go on is decided for
+    all ranks together, by the training loop.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int, repeat: int = 1, skip_bad: bool = False) -> None:
+    def __init__(self, source: ImageSource, transform: Transform, seed: int, repeat: int = 1) -> None:
         self.source, self.transform = source, transform
-        self.seed, self.repeat, self.skip_bad = seed, repeat, skip_bad
+        self.seed, self.repeat = seed, repeat
 
     def __len__(self) -> int:
         return len(self.source) * self.repeat
@@ -94,7 +96,7 @@ class Samples(Dataset[Any]):
         return views if isinstance(views, tuple) else (views,), index, name, bad
 
     def _readable(self, epoch: int, index: int) -> tuple[Image.Image | None, str, list[str]]:
-        """Image `index`, or with `skip_bad` another one drawn for this sample; and what could not be read."""
+        """Image `index`, or another one drawn for this sample; and what could not be read."""
         bad: list[str] = []
         place, name = index % len(self.source), ""
         for attempt in range(_REPLACEMENTS):
@@ -103,14 +105,13 @@ class Samples(Dataset[Any]):
                 return self.source.load(place), name, bad
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 bad.append(f"{name}: {error}")
-            if not self.skip_bad:
-                break
-            place = hash_seed(self.seed + attempt, epoch, index, Stream.REPLACE) % len(self.source)
+            others = max(len(self.source) - 1, 1)
+            place = (place + 1 + hash_seed(self.seed + attempt, epoch, index, Stream.REPLACE) % others) % len(self.source)
         return None, name, bad
 
 
 def collate(samples: list[tuple[tuple[Tensor, ...] | None, int, str, list[str]]]) -> Batch:
-    """Samples -> Batch; views are empty when an image was unreadable and must not be skipped."""
+    """Samples -> Batch; views are empty when an image was unreadable and so was all that was tried in its place."""
     read = [views for views, _, _, _ in samples if views is not None]
     whole = len(read) == len(samples)
     return Batch(

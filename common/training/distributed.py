@@ -30,13 +30,13 @@ class Processes:
         """Whether this process writes files and draws the progress bar."""
         return self.rank == 0
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean of `value` over all ranks."""
-        return self._reduce(value) / self.world
-
     def sum(self, value: Tensor) -> Tensor:
         """Sum of `value` over all ranks."""
-        return self._reduce(value)
+        if self.world == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         """A plain object of every rank, in the order of the ranks."""
@@ -55,13 +55,6 @@ class Processes:
         """Leaves the process group."""
         if self.world > 1:
             dist.destroy_process_group()
-
-    def _reduce(self, value: Tensor) -> Tensor:
-        if self.world == 1:
-            return value
-        value = value.clone()
-        dist.all_reduce(value)
-        return value
 
 
 def start_processes(device: str) -> Processes:

@@ -96,7 +96,7 @@ def pretrain(config: TrainConfig, mask_config: MaskConfig, grid_size: tuple[int,
         batches = RankBatches(len(source) * config.repeat, config, processes)
         torch.manual_seed(config.seed)  # the same weights on every rank
         method = build()
-        samples = Samples(source, method.transform, config.seed, config.repeat, config.on_bad_image == "skip")
+        samples = Samples(source, method.transform, config.seed, config.repeat)
         Pretraining(config, mask_config, method, mask, samples, batches, processes).run()
     finally:
         processes.close()
@@ -215,7 +215,8 @@ class Pretraining:
             group["lr"] = lr
         losses: list[Tensor] = []
         names: list[list[str]] = []
-        counts = torch.zeros(2, device=self.device)  # images without an attention pass, unreadable images
+        bad: list[str] = []
+        skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         for step in range(self.config.accum_iter):
             watch.start()
             batch = self._next(stream)
@@ -225,22 +226,25 @@ class Pretraining:
             losses.append(self._backward(batch, masks.mask, last=step == self.config.accum_iter - 1))
             watch.lap("model")
             names.append(batch.names)
-            counts += torch.stack([masks.skipped.sum(), torch.tensor(len(batch.bad), device=self.device)])
+            bad += batch.bad
+            skipped += masks.skipped.sum()
         norm = self._gradient_norm()
-        loss = float(self.processes.mean(torch.stack(losses).mean()))
+        sums = torch.tensor([float(torch.stack(losses).mean()), int(skipped), len(bad)], dtype=torch.float64, device=self.device)
+        loss_sum, skipped_sum, bad_sum = self.processes.sum(sums).tolist()
+        loss = loss_sum / self.processes.world
+        if bad_sum and self.config.on_bad_image == "raise":
+            self._stop_unreadable(bad)
         if not math.isfinite(loss) or (self.precision != torch.float16 and not math.isfinite(norm)):
             self._stop_nonfinite(epoch, update, losses, names, loss, norm)
         self._step()
         watch.lap("model")
         watch.settle()
-        self._count(epoch, update, loss, norm, lr, self.processes.sum(counts).tolist())
+        self._count(epoch, update, loss, norm, lr, skipped_sum, bad_sum)
 
     def _next(self, stream: Iterator[Batch]) -> Batch:
         batch = next(stream)
         if not batch.views:
-            error = BadInput(f"unreadable image {batch.bad[0]} (--on_bad_image skip puts another in its place)")
-            error.on_this_rank = True  # type: ignore[attr-defined]
-            raise error
+            raise BadInput(f"no readable image was found in the place of {batch.bad[0]}")
         return batch.to(self.device)
 
     def _make_mask(self, batch: Batch) -> MaskBatch:
@@ -280,9 +284,9 @@ class Pretraining:
 
     # --- numbers ---
 
-    def _count(self, epoch: int, update: int, loss: float, norm: float, lr: float, counts: list[float]) -> None:
+    def _count(self, epoch: int, update: int, loss: float, norm: float, lr: float, skipped: float, bad: float) -> None:
         adds = {
-            "updates": 1, "loss": loss, "lr": lr, "skipped_attention": counts[0], "bad_images": counts[1],
+            "updates": 1, "loss": loss, "lr": lr, "skipped_attention": skipped, "bad_images": bad,
             "grad_norm": norm if math.isfinite(norm) else 0.0, "overflows": float(not math.isfinite(norm)),
         }  # fmt: skip
         for key, value in adds.items():
@@ -355,6 +359,11 @@ class Pretraining:
             "effective_batch": self.batches.effective_batch,
             "samples": len(self.samples),
         }
+
+    def _stop_unreadable(self, bad: list[str]) -> None:
+        """All ranks stop together, before the update, and name the images that any of them could not read."""
+        everywhere = [line for rank in self.processes.gather(bad) for line in rank]
+        raise BadInput(f"unreadable image {'; '.join(everywhere)} (--on_bad_image skip puts another in its place)")
 
     def _stop_nonfinite(
         self, epoch: int, update: int, losses: list[Tensor], names: list[list[str]], loss: float, norm: float

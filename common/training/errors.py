@@ -20,6 +20,6 @@ def run_cli(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[
     try:
         main(sys.argv[1:] if argv is None else argv)
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "on_this_rank", False):
+        if os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

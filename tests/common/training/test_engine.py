@@ -1,0 +1,246 @@
+"""The training loop by real short runs: exact resume, accumulation, failures, precision, what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.training import engine
+from common.training.checkpoint import LAST
+from common.training.data import Batch
+from common.training.errors import BadInput, NonFiniteLoss
+from mae_evolved import main_pretrain
+from tests.conftest import assert_same, read_log
+
+Train = Callable[..., Path]
+
+TRAINED = ("model", "optimizer", "scaler", "epoch", "update", "mask", "ema", "meters")
+
+
+def trained_state(output: Path) -> dict[str, object]:
+    state = torch.load(output / LAST, weights_only=True)
+    return {key: state[key] for key in TRAINED}
+
+
+def stop_at_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Ends the process's work at the start of an epoch, as a time limit would."""
+    original = engine.Pretraining._train_epoch
+
+    def cut(self: engine.Pretraining, current: int, loader: object) -> None:
+        if current == epoch:
+            raise KeyboardInterrupt
+        original(self, current, loader)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.Pretraining, "_train_epoch", cut)
+
+
+@pytest.mark.parametrize("flags", ["", "--recipe authors --schedule_epochs 4", "--mask block --accum_iter 2", "--num_workers 2"])
+def test_four_epochs_equal_two_and_a_resume(train: Train, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+    """Weights, optimiser, masks, moving average and log are equal to the bit."""
+    whole = train("whole", flags)
+    with monkeypatch.context() as patch:
+        stop_at_epoch(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts", flags)
+    parts = train("parts", flags)
+    assert_same(trained_state(whole), trained_state(parts))
+    assert read_log(whole) == read_log(parts)
+    assert len(read_log(parts)) == 4
+
+
+def test_resume_in_the_middle_of_an_epoch(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--save_steps: cut off after update 3 of 4 of epoch 1, a run goes on from update 2 and ends the same."""
+    whole = train("whole")
+    original = engine.Pretraining._train_update
+
+    def cut(self: engine.Pretraining, epoch: int, update: int, *rest: object) -> None:
+        if (epoch, update) == (1, 3):
+            raise KeyboardInterrupt
+        original(self, epoch, update, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Pretraining, "_train_update", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts", "--save_steps 2")
+    state = torch.load(whole.parent / "parts" / LAST, weights_only=True)
+    assert (state["epoch"], state["update"]) == (0, 2)
+    parts = train("parts", "--save_steps 2")
+    assert_same(trained_state(whole), trained_state(parts))
+    assert read_log(whole) == read_log(parts)
+
+
+def test_shortcut_and_workers_change_nothing(train: Train) -> None:
+    """The run without the shortcut and with loader processes has the same weights."""
+    first, second = train("first"), train("second", "--no_shortcut --num_workers 2")
+    assert_same(trained_state(first)["model"], trained_state(second)["model"])
+    spared = [line["skipped_attention"] for line in read_log(first)]
+    assert spared[0] == 1.0
+    assert [line["skipped_attention"] for line in read_log(second)] == [0.0] * 4
+
+
+def test_accumulation_equals_one_large_batch(train: Train) -> None:
+    """2 x 8 images an update give the loss of 16 at every epoch, up to rounding."""
+    large, small = train("large", "--batch_size 16"), train("small", "--batch_size 8 --accum_iter 2")
+    for one, other in zip(read_log(large), read_log(small), strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mask", ["evolved", "part", "grid", "random", "block", "grid-to-block"])
+def test_loss_falls_with_every_mask(train: Train, mask: str) -> None:
+    log = read_log(train("run", f"--mask {mask} --repeat 4 --epochs 6"))
+    assert float(str(log[-1]["train_loss"])) < 0.95 * float(str(log[0]["train_loss"]))
+
+
+def test_other_precisions_train(train: Train) -> None:
+    """bf16 autocast on the CPU stays near fp32; the graph and the EM stay fp32."""
+    exact, rough = read_log(train("exact")), read_log(train("rough", "--precision bf16"))
+    assert exact != rough
+    assert exact[-1]["train_loss"] == pytest.approx(rough[-1]["train_loss"], rel=0.05)
+
+
+def test_nonfinite_loss_stops_with_place_names_and_state(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names epoch, update and images; the checkpoint is the state before, and a resume repeats the step."""
+    clean = train("clean")
+    calls = 0
+
+    def poisoned(model: torch.nn.Module, batch: Batch, mask: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss, _ = model(batch.images, mask)
+        return loss * (float("nan") if calls == 7 else 1.0)  # update 2 of epoch 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_pretrain, "_loss", poisoned)
+        with pytest.raises(NonFiniteLoss, match=r"loss became nan at epoch 1, update 2 \(step 6\).*\.jpg"):
+            train("broken")
+    saved = clean.parent / "broken" / engine.BEFORE_FAILURE
+    state = torch.load(saved, weights_only=True)
+    assert (state["epoch"], state["update"]) == (0, 2)
+    again = train("again", f"--resume {saved}")
+    assert_same(trained_state(clean), trained_state(again))
+
+
+def test_nonfinite_gradient_stops(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(model: torch.nn.Module, batch: Batch, mask: Tensor) -> Tensor:
+        loss, _ = model(batch.images, mask)
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(main_pretrain, "_loss", poisoned)
+    with pytest.raises(NonFiniteLoss, match="gradient norm became"):
+        train("broken")
+
+
+def test_clip_limits_the_update(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --clip_grad the norm of the gradient that reaches the optimiser is at most that."""
+    norms: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *rest: object) -> object:
+        gradients = [value.grad for group in self.param_groups for value in group["params"] if value.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        return original(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    log = read_log(train("run", "--clip_grad 0.01"))
+    assert max(norms) <= 0.0101
+    assert float(str(log[0]["grad_norm"])) > 0.1  # the log has the norm before clipping
+
+
+def test_moving_average_makes_other_masks_and_is_saved(train: Train) -> None:
+    """--attention_from ema: the encoder's average alone is kept, and it is not the live model."""
+    state = trained_state(train("run", "--attention_from ema --ema_decay 0.9"))
+    average, live = state["ema"], state["model"]
+    assert isinstance(average, dict)
+    assert isinstance(live, dict)
+    assert not any(key.startswith("decoder_blocks") for key in average)
+    assert any(not torch.equal(average[key], live[key]) for key in average if key.startswith("blocks"))
+
+
+def test_run_describes_itself(train: Train) -> None:
+    """run.json, log.txt and events hold what they should; a resume is added to run.json."""
+    output = train("run", "--picture_epochs 2 --picture_images 3")
+    facts = json.loads((output / "run.json").read_text())
+    assert facts["config"]["batch_size"] == 4
+    assert facts["mask"]["gamma"] == 2.0
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0] or facts["versions"]["torch"] == torch.__version__
+    assert facts["device"]["type"] == "cpu"
+    assert facts["effective_batch"] == 4
+    assert facts["lr"] == pytest.approx(1e-2 * 4 / 256)
+    assert facts["samples"] == 16
+    assert (output / "masks" / "evolution.png").stat().st_size > 10_000
+    assert sorted(path.name for path in (output / "masks").glob("*.npz")) == ["epoch_0000.npz", "epoch_0004.npz"]
+    line = read_log(output)[1]
+    assert line["alpha"] == pytest.approx((1 / 4) ** 2)
+    assert line["num_parts"] == 7  # 8 -> 3 over 4 epochs: 6.75
+    assert line["images"] == 16
+    train("run", "--picture_epochs 2 --picture_images 3")
+    assert len(json.loads((output / "run.json").read_text())["resumed"]) == 1
+
+
+def test_tensorboard_has_scalars_and_pictures(train: Train) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = train("run", "--picture_epochs 3")
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "epoch/train_loss", "epoch/alpha"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("train/loss")) == 16
+    assert len(events.Images("parts_and_masks")) == 3
+
+
+def test_resume_refuses_another_run(train: Train, tmp_path: Path) -> None:
+    """What differs is named; nothing is overwritten."""
+    output = train("run")
+    before = (output / LAST).read_bytes()
+    for flags, named in [
+        ("--gamma 3", "--gamma 2.0 -> 3.0"),
+        ("--batch_size 8", "effective_batch 4 -> 8"),
+        ("--repeat 2", "samples 16 -> 32"),
+        ("--epochs 5", "--epochs 4 -> 5"),
+        ("--blr 1e-3", "--blr 0.01 -> 0.001"),
+    ]:
+        with pytest.raises(BadInput, match="other settings") as error:
+            train("run", flags)
+        assert named in str(error.value)
+    assert (output / LAST).read_bytes() == before
+    with pytest.raises(BadInput, match="no such file"):
+        train("run", f"--resume {tmp_path}/none.pth")
+
+
+def test_resume_precedence(train: Train) -> None:
+    """A path wins over auto; auto takes checkpoint-last.pth; none starts anew; weights alone come by --init_from."""
+    output = train("run", "--save_freq 2")
+    second = output / "checkpoint-1.pth"
+    copy = train("copy", f"--resume {second}")  # the first two epochs are not in this log
+    assert [line["epoch"] for line in read_log(copy)] == [2, 3]
+    assert_same(trained_state(output), trained_state(copy))
+    shutil.copy(second, copy / LAST)
+    assert_same(trained_state(output), trained_state(train("copy")))
+    fresh = train("copy", "--resume none")
+    assert [line["epoch"] for line in read_log(fresh)] == [0, 1, 2, 3]
+    warm = train("warm", f"--init_from {output / LAST}")
+    assert float(str(read_log(warm)[0]["train_loss"])) < float(str(read_log(output)[0]["train_loss"]))
+
+
+def test_too_few_images_for_an_update_is_an_error(train: Train) -> None:
+    with pytest.raises(BadInput, match="nothing would ever be updated"):
+        train("run", "--accum_iter 5")
+
+
+def test_unreadable_images(train: Train, image_folder: Path) -> None:
+    """raise names the file; skip trains on and counts them, every epoch, and is deterministic."""
+    broken = image_folder / "train" / "bird" / "image_03.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(BadInput, match=r"unreadable image .*image_03.jpg"):
+        train("raises")
+    first, second = train("first", "--on_bad_image skip"), train("second", "--on_bad_image skip --num_workers 2")
+    assert [line["bad_images"] for line in read_log(first)] == [1, 1, 1, 1]
+    assert_same(trained_state(first)["model"], trained_state(second)["model"])
