@@ -31,7 +31,8 @@ def test_defaults_are_the_table_4_recipe() -> None:
 
 def test_flags_of_every_kind() -> None:
     config, mask = parse(
-        "--batch_size 7 --lr 1e-3 --no_norm_pix_loss --crop_scale 0.3 0.9 --input_size 192x256 --mask block --no_shortcut --layers 0,5"
+        "--batch_size 7 --lr 1e-3 --no_norm_pix_loss --crop_scale 0.3 0.9 --input_size 192x256 "
+        "--mask block --no_shortcut --layers 0,5"
     )
     assert (config.batch_size, config.lr, config.norm_pix_loss, config.crop_scale) == (7, 1e-3, False, (0.3, 0.9))
     assert config.image_size == (192, 256)
@@ -51,7 +52,7 @@ def test_precedence_flags_over_file_over_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_files_are_valid_and_say_what_they_claim(recipe: Path) -> None:
-    parse(f"--config {recipe}")
+    parse(f"--config {recipe} --data_path images")
     head = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     for word in ("Hardware:", "Claim:", "Command:"):
         assert any(word in line for line in head), f"{recipe.name} has no '{word}' comment"

@@ -61,10 +61,10 @@ def test_folders_without_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nowhere: no such folder"):
         find_images(tmp_path / "nowhere")
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(BadInput, match="empty/train has no class folders and no images"):
+    with pytest.raises(BadInput, match=r"empty/train has no class folders and no images"):
         find_images(tmp_path / "empty")
     (tmp_path / "empty" / "train" / "bird").mkdir()
-    with pytest.raises(BadInput, match="no images in the 1 class folders of .*empty/train"):
+    with pytest.raises(BadInput, match=r"no images in the 1 class folders of .*empty/train"):
         find_images(tmp_path / "empty")
 
 
@@ -90,7 +90,7 @@ def test_fashion_mnist_in_the_debian_layout(tmp_path: Path) -> None:
     assert source.load(1).getpixel((2, 1)) == (18, 18, 18)
     assert source.name(1) == "fashion-mnist[1]"
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()[:-1]))
-    with pytest.raises(BadInput, match="train-images-idx3-ubyte.gz: not an IDX file of images, or cut short"):
+    with pytest.raises(BadInput, match=r"train-images-idx3-ubyte\.gz: not an IDX file of images, or cut short"):
         read_idx_images(tmp_path)
 
 
