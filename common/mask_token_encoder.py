@@ -73,8 +73,8 @@ class MaskTokenEncoder(nn.Module):
         for token in (self.cls_token, self.mask_token):
             init_normal(token)
         for number, block in enumerate(self.blocks, start=1):
-            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):  # type: ignore[union-attr]
-                weight.data.div_(math.sqrt(2 * number))
+            for name in ("attn.proj.weight", "mlp.fc2.weight"):
+                block.get_parameter(name).data.div_(math.sqrt(2 * number))
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Class token and patch embeddings, the mask token where `mask` [B, N] is True: [B, T, D]."""

@@ -45,7 +45,7 @@ class SimMIM(nn.Module):
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """Predicted pixels of all patches: [B, 3, P, Q]."""
         tokens = self.encoder.encode(images, mask)  # [B, N, D]
-        return self.decoder(tokens.transpose(1, 2).unflatten(2, self.grid_size))
+        return self.decoder(tokens.transpose(1, 2).reshape(len(tokens), -1, *self.grid_size))
 
     def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstructs the image and compares the masked pixels.

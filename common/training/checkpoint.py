@@ -11,6 +11,7 @@ move both ways):
     ema                        weights of the moving average, or None
     config, mask_config        plain dicts
     effective_batch, samples   images an update, and samples an epoch
+    facts                      what the targets depend on besides (which tokenizer)
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ FREE_TO_CHANGE = frozenset(
     (
         *("data_path", "download", "num_workers", "pin_mem", "on_bad_image", "batch_size", "accum_iter", "device", "compile"),
         *("output_dir", "log_dir", "resume", "init_from", "save_freq", "save_steps", "picture_epochs", "picture_images"),
+        "tokenizer",  # its content is checked instead, as one of the method's facts
     )
 )
 """Flags that a resumed run may change: what they say does not alter the weights of the run, or is checked apart."""
