@@ -197,10 +197,18 @@ def count_workers(asked: int) -> int:
 
 def training_transform(config: RunConfig) -> Transform:
     """Random resized crop, flip, ImageNet normalisation: the augmentation of MAE and of SimMIM."""
+    return transforms.Compose([*_crop_and_flip(config), *_to_tensor()])
+
+
+def colour_transform(config: RunConfig) -> Transform:
+    """Random resized crop and flip, as colours in 0..1: what a tokenizer takes."""
+    return transforms.Compose([*_crop_and_flip(config), transforms.ToTensor()])
+
+
+def _crop_and_flip(config: RunConfig) -> list[Any]:
     interpolation = InterpolationMode(config.interpolation)
     crop = transforms.RandomResizedCrop(config.image_size, scale=config.crop_scale, interpolation=interpolation)
-    flip = [transforms.RandomHorizontalFlip()] if config.flip else []
-    return transforms.Compose([crop, *flip, *_to_tensor()])
+    return [crop, *([transforms.RandomHorizontalFlip()] if config.flip else [])]
 
 
 def picture_transform(config: RunConfig) -> Transform:
