@@ -53,13 +53,14 @@ class TokenizerConfig(RunConfig):
     layers: int = option(3, "each halves the image: 3 make one code of 8x8 pixels", group="tokenizer")
     width: int = option(256, "channels of the convolutions", group="tokenizer")
     temperature: tuple[float, float] = option((1.0, 0.0625), "Gumbel softmax at the first and last update", group="tokenizer")
-    kl_weight: float = option(0.0, "weight of the divergence from uniform codes", group="tokenizer")
+    kl_weight: float = option(0.0, "weight of each place's divergence from uniform codes", group="tokenizer")
+    usage_weight: float = option(0.05, "weight of the batch's divergence from uniform codes", group="tokenizer")
     pictures: int = option(8, "how many reconstructions are drawn each epoch", group="tokenizer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "vocabulary", "code_width", "layers", "width")
-        self._at_least(0, "kl_weight", "pictures")
+        self._at_least(0, "kl_weight", "usage_weight", "pictures")
         self._require("temperature", min(self.temperature) > 0, "must be above 0 at both ends")
         stride = 2**self.layers
         divisible = not any(size % stride for size in self.image_size)
@@ -72,19 +73,32 @@ def temperature_at(share: float, ends: tuple[float, float]) -> float:
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def vae_loss(model: nn.Module, images: Tensor, temperature: float, kl_weight: float) -> tuple[Tensor, Tensor]:
+def vae_loss(
+    model: nn.Module, images: Tensor, temperature: float, kl_weight: float = 0.0, usage_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """What is minimised, and the codes of the images.
 
+    Args:
+        kl_weight: of the divergence from uniform of each place's distribution over codes, as in DALL-E.
+        usage_weight: of the divergence from uniform of the batch's mean distribution. Without it a short run ends
+            with a handful of codes in use, and labels that say nothing.
+
     Returns:
-        Squared error of the reconstruction plus `kl_weight` times the mean divergence of the codes' distribution
-        from a uniform one (a scalar), and the most probable codes, int64 [B, H, W].
+        Squared error of the reconstruction plus those terms (a scalar), and the most probable codes, int64 [B, H, W].
     """
     reconstruction, logits = model(images, temperature)  # logits [B, V, H, W]
     loss = functional.mse_loss(reconstruction, to_plus_minus_one(images))
     if kl_weight:
-        log_share = logits.log_softmax(dim=1)
-        loss = loss + kl_weight * (log_share.exp() * (log_share + math.log(logits.shape[1]))).sum(dim=1).mean()
+        loss = loss + kl_weight * from_uniform(logits.log_softmax(dim=1)).mean()
+    if usage_weight:
+        mean = logits.softmax(dim=1).mean(dim=(0, 2, 3))[None]  # [1, V]
+        loss = loss + usage_weight * from_uniform(mean.clamp(min=1e-12).log()).mean()
     return loss, logits.argmax(dim=1)
+
+
+def from_uniform(log_shares: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of distributions over codes, dimension 1, from the uniform one."""
+    return (log_shares.exp() * (log_shares + math.log(log_shares.shape[1]))).sum(dim=1)
 
 
 def codebook_usage(counts: Tensor) -> dict[str, float]:
@@ -100,7 +114,7 @@ class TokenizerTraining:
     def __init__(self, config: TokenizerConfig, processes: Processes) -> None:
         self.config, self.processes, self.device = config, processes, processes.device
         source = open_source(config)
-        self.samples = Samples(source, colour_transform(config), config.seed, config.repeat, config.on_bad_image == "skip")
+        self.samples = Samples(source, colour_transform(config), config.seed, config.repeat)
         self.batches = RankBatches(len(self.samples), config, processes)
         torch.manual_seed(config.seed)
         self.model = DiscreteVAE(config.vocabulary, config.code_width, config.layers, config.width).to(self.device)
@@ -158,7 +172,7 @@ class TokenizerTraining:
         total = 0.0
         for _ in range(self.config.accum_iter):
             images = self._next(stream)
-            loss, codes = vae_loss(self.model, images, temperature, self.config.kl_weight)
+            loss, codes = vae_loss(self.model, images, temperature, self.config.kl_weight, self.config.usage_weight)
             torch.autograd.backward(loss / self.config.accum_iter)
             total += loss.item() / self.config.accum_iter
             counts += codes.flatten().bincount(minlength=len(counts))
@@ -172,8 +186,8 @@ class TokenizerTraining:
 
     def _next(self, stream: Any) -> Tensor:
         batch: Batch = next(stream)
-        if not batch.views:
-            raise BadInput(f"unreadable image {batch.bad[0]} (--on_bad_image skip puts another in its place)")
+        if batch.bad and (self.config.on_bad_image == "raise" or not batch.views):
+            raise BadInput(f"unreadable image {'; '.join(batch.bad)} (--on_bad_image skip puts another in its place)")
         return batch.to(self.device).images
 
     def _end_epoch(self, epoch: int, loss: float, counts: Tensor) -> None:
