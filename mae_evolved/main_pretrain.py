@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from common.training.config import TrainConfig, option, parse_arguments
 from common.training.data import picture_transform, training_transform
-from common.training.engine import Method, pretrain, reconstruction_loss
+from common.training.engine import Method, pretrain
+from common.training.engine import reconstruction_loss as _loss
 from common.training.errors import run_cli
 from mae_evolved.model import ENCODER_FREE_PREFIXES, MODELS
 
@@ -33,7 +34,7 @@ def build(config: MAEConfig) -> Method:
     return Method(
         name="MAE",
         model=MODELS[config.model](input_size=config.image_size, norm_pix_loss=config.norm_pix_loss),
-        loss=reconstruction_loss,
+        loss=_loss,
         transform=training_transform(config),
         picture_transform=picture_transform(config),
         not_in_attention=("decoder_embed", "decoder_blocks", "decoder_norm", "decoder_pred"),
