@@ -58,7 +58,7 @@ class MaskTokenEncoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.patch_embed = PatchEmbed(input_size, patch_size, 3, width)
         self.rel_pos_bias = RelativePositionBias(self.grid_size, heads)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(BiasedBlock(width, heads, layer_scale, rate) for rate in rates)
         self.norm = LayerNorm(width)
         self.reset_parameters()
