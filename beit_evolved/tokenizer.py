@@ -248,6 +248,8 @@ def read_pickled_module(path: Path) -> dict[str, Tensor]:
 
 def _refusal(error: Exception) -> str:
     """The line of torch's message that names what was refused."""
+    if "persistent_load of storage" in str(error):
+        return "a whole module in the format before torch 1.6 (save it again with a newer torch, where you trust the file)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     naming = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
     return (naming or lines or [type(error).__name__])[0].split(". ")[0]
