@@ -90,7 +90,7 @@ def test_dalle_codes_without_its_code(dalle: Encoder, tmp_path: Path, monkeypatc
     """The file alone gives the codes of the module that was pickled; `dall_e` need not be installed."""
     images = torch.rand(2, 3, 24, 40)
     with torch.no_grad():
-        wanted = dalle(0.8 * images + 0.1).argmax(dim=1)
+        scores = dalle(0.8 * images + 0.1)
     torch.save(dalle, tmp_path / "encoder.pkl")
     for module in ("dall_e", "dall_e.utils", "dall_e.encoder"):
         monkeypatch.delitem(sys.modules, module)
@@ -100,8 +100,9 @@ def test_dalle_codes_without_its_code(dalle: Encoder, tmp_path: Path, monkeypatc
     codes = tokenizer.codes(images)
     assert codes.dtype == torch.int64
     assert codes.shape == (2, 3, 5)
-    assert torch.equal(codes, wanted)
-    assert codes.unique().numel() > 3
+    assert torch.equal(codes, scores.argmax(dim=1))
+    assert codes.unique().numel() > 1
+    torch.testing.assert_close(tokenizer.blocks(0.8 * images + 0.1), scores)
     assert not any(value.requires_grad for value in tokenizer.parameters())
 
 
