@@ -227,6 +227,7 @@ def graph_from_blocks(
             edges = edges.sum(dim=1, keepdim=True) if reduction == "sum" else edges.mean(dim=1, keepdim=True)
         total = edges if total is None else total.add_(edges)
         blocks += 1
+        del one, edges  # the next block runs before these names are bound again
     if total is None:
         raise ValueError("attention_fn gave no attention map: nothing to build the patch graph from")
     if reduction == "mean":

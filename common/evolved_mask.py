@@ -30,7 +30,7 @@ from common.attention import AttentionTap, attention_mode, choose_layers, graph_
 from common.draws import Draws, GeneratorDraws, SampleDraws, Stream
 from common.mask_config import MaskConfig
 from common.masks import BLOCK_ATTEMPTS, BLOCK_DRAWS, block_masks, count_masked, grid_classes
-from common.parts import PartsFit, fit_parts, partition_parts, start_draws
+from common.parts import PartsFit, check_graph, fit_parts, partition_parts, start_draws
 
 __all__ = [
     "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "alpha_at", "attention_mode", "blend",
@@ -121,12 +121,12 @@ def select_masked(probability: Tensor, num_masked: int, generator: torch.Generat
 
 
 def _mask_highest(probability: Tensor, num_masked: int, tie_order: Tensor | None) -> Tensor:
-    """As :func:`select_masked`, ties by ascending `tie_order` [B, N], or in raster order without it."""
+    """As :func:`select_masked`, ties by ascending `tie_order` [B, N]; without it the first in raster order are kept."""
     batch, patches = probability.shape
     if not 0 <= num_masked <= patches:
         raise ValueError(f"num_masked must be between 0 and the {patches} patches, got {num_masked}")
     if tie_order is None:
-        chosen = probability.argsort(dim=1, descending=True, stable=True)[:, :num_masked]
+        chosen = probability.argsort(dim=1, stable=True)[:, patches - num_masked :]
     else:
         shuffled = tie_order.argsort(dim=1, stable=True)
         ranked = probability.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
@@ -345,6 +345,7 @@ class EvolvedMask:
             raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
         everything = len(rows) == len(inputs)
         graph = self._graph(attention_fn(inputs if everything else inputs[rows]))
+        check_graph(graph, rows)
         parts[rows] = partition_parts(
             graph,
             num_parts,
@@ -358,6 +359,7 @@ class EvolvedMask:
             covariance_floor=self.config.covariance_floor,
             kappa=self.config.kappa,
             reseed_empty=self.config.reseed_empty,
+            check_finite=False,
         )
         return parts
 

@@ -94,7 +94,7 @@ class MaskConfig:
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "must be 1 or more")
         self._check("parts_jitter", self.parts_jitter >= 0, "must be 0 or more")
-        self._check("covariance_floor", self.covariance_floor >= 0, "must be 0 or more")
+        self._check("covariance_floor", self.covariance_floor > 0, "must be above 0")
         self._check("kappa", self.kappa > 0, "must be above 0")
         self._check("iterations", self.iterations >= 0, "must be 0 or more")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")

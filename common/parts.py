@@ -143,7 +143,7 @@ def fit_parts(
     """
     _check_arguments(graph, num_parts, iterations, estimator, covariance, start, scaling, covariance_floor, kappa)
     if check_finite:
-        _check_finite(graph)
+        check_graph(graph)
     with torch.autocast(device_type=graph.device.type, enabled=False):
         rows, center, scale = _standardise(graph, estimator, scaling)
         density: _Density = _VonMisesFisher(rows, kappa) if estimator == "vmf" else _GAUSSIANS[covariance](rows, covariance_floor)
@@ -544,12 +544,19 @@ def _check_arguments(
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     if iterations < 0:
         raise ValueError(f"iterations must be 0 or more, got {iterations}")
-    if floor < 0 or kappa <= 0:
-        raise ValueError(f"covariance_floor must be 0 or more and kappa above 0, got {floor} and {kappa}")
+    if floor <= 0 or kappa <= 0:
+        raise ValueError(f"covariance_floor and kappa must be above 0, got {floor} and {kappa}")
 
 
-def _check_finite(graph: Tensor) -> None:
+def check_graph(graph: Tensor, images: Tensor | None = None) -> None:
+    """Raises ValueError for NaN or infinite entries, naming the images.
+
+    Args:
+        graph: [B, N, D].
+        images: int64 [B], the number under which to name each graph; default 0..B-1.
+    """
     finite = graph.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
-        wrong = (~finite).nonzero()[:, 0].tolist()
-        raise ValueError(f"the patch graph of image {wrong[0]} has NaN or infinite entries (images {wrong[:8]} of the batch)")
+        wrong = (~finite).nonzero()[:, 0]
+        named = (wrong if images is None else images[wrong]).tolist()
+        raise ValueError(f"the patch graph of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)")
