@@ -343,6 +343,7 @@ class FullGaussian(_Gaussian):
         scatter = second - self.means[..., None] * self.means[..., None, :]  # [B, K, D, D]
         covariances = (scatter + scatter.transpose(2, 3)) / 2 + self.floor * self.identity
         factor, failed = torch.linalg.cholesky_ex(covariances)
+        factor = torch.where((failed == 0)[..., None, None], factor, self.identity)  # replaced by the old one below
         precision = torch.cholesky_inverse(factor)
         log_det = 2 * factor.diagonal(dim1=2, dim2=3).log().sum(dim=2)
         better = (failed == 0) & log_det.isfinite()

@@ -173,6 +173,15 @@ def test_block_masks_fill_up_where_neighbours_are_masked():
     assert torch.equal(block_masks(14, 14, 110, uniforms)[0].reshape(14, 14), expected)
 
 
+def test_block_masks_place_no_rectangle_that_brings_too_much():
+    """3 x 3 drawn for 7 missing patches would be 2 too many: it is not placed, and the filling draws choose all 7."""
+    uniforms = torch.zeros(1, BLOCK_ATTEMPTS * BLOCK_DRAWS + 196)
+    uniforms[0, :BLOCK_DRAWS] = torch.tensor([1 - 2**-24, 0.5, 0.5, 0.5])
+    chosen = torch.tensor([0, 13, 30, 60, 100, 150, 195])
+    uniforms[0, BLOCK_ATTEMPTS * BLOCK_DRAWS + chosen] = 0.9
+    assert block_masks(14, 14, 7, uniforms)[0].nonzero()[:, 0].tolist() == chosen.tolist()
+
+
 def test_block_masks_on_a_grid_too_small_for_rectangles_are_random():
     """On 2x2 no rectangle fits, and the one masked cell is each cell alike (chi-square, seed 3)."""
     counts = block_masks(2, 2, 1, block_uniforms(3, 4000, 4)).sum(dim=0)
