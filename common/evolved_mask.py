@@ -202,7 +202,9 @@ class EvolvedMask:
     def set_epoch(self, epoch: int) -> None:
         """Moves the schedule to epoch t, 0 <= t <= T."""
         _check_epoch(epoch, self.total_epochs)
-        self.epoch = epoch
+        if epoch != int(epoch):
+            raise ValueError(f"epoch must be a whole number, got {epoch}")
+        self.epoch = int(epoch)
 
     @property
     def alpha(self) -> float:

@@ -132,8 +132,10 @@ def fit_parts(
         start: "kmeans++" seeds; "random" patches for the Gaussian, random directions for vmf.
         start_labels: int64 [B, N]; start from this partition instead.
         scaling: "image" centres the rows of an image and divides by their spread (gaussian) or makes them unit
-            vectors (vmf), so that floors and kappa are relative; "none" takes them as they are.
+            vectors (vmf), so that floors and kappa are relative; "none" takes them as they are (entries whose
+            squares overflow are then the caller's problem).
         covariance_floor: variances (for "full", a ridge) are not allowed below this, in units of the scaled rows.
+            Below about 1e-6 the rounding of float32 takes over.
         kappa: concentration of vmf.
         reseed_empty: move a part that lost all its patches to the patch explained worst.
         check_finite: look for NaN and infinity (one reduction, and on a GPU one synchronisation).
@@ -152,7 +154,9 @@ def fit_parts(
             density.means = _random_directions(rows, num_parts, drawn)
         else:
             labels = start_labels
-            if labels is None:
+            if labels is not None:
+                _check_start(labels, rows, num_parts)
+            else:
                 drawn = _start_uniforms(rows, num_parts, estimator, start, uniforms, generator)
                 labels = _nearest_seed(rows, num_parts, drawn, start)
             density.maximise(torch.nn.functional.one_hot(labels, num_parts).to(rows.dtype))
@@ -547,6 +551,11 @@ def _check_arguments(
         raise ValueError(f"iterations must be 0 or more, got {iterations}")
     if floor <= 0 or kappa <= 0:
         raise ValueError(f"covariance_floor and kappa must be above 0, got {floor} and {kappa}")
+
+
+def _check_start(labels: Tensor, rows: Tensor, num_parts: int) -> None:
+    if labels.shape != rows.shape[:2] or not bool(((labels >= 0) & (labels < num_parts)).all()):
+        raise ValueError(f"start_labels must be {list(rows.shape[:2])} in 0..{num_parts - 1}, got {list(labels.shape)}")
 
 
 def check_graph(graph: Tensor, images: Tensor | None = None) -> None:

@@ -346,6 +346,13 @@ def test_weird_rows_without_reseeding(weird):
     assert not fit.reseeded.any()
 
 
+@pytest.mark.parametrize("kind", COVARIANCES)
+@pytest.mark.parametrize("weird", WEIRD)
+def test_weird_rows_with_a_small_floor(weird, kind):
+    """A floor of a millionth of the variance, where float32 begins to round it away, still gives a valid partition."""
+    assert_valid(fit_parts(WEIRD[weird], 5, generator=seeded(0), covariance=kind, covariance_floor=1e-6), 5)
+
+
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_one_part_takes_all(mixture):
     """K = 1: label 0 everywhere, weight 1, and the mean is the mean of the rows."""
