@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types benchmark clean
+.PHONY: help demo demo-beit demo-simmim test check lint types benchmark clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -23,6 +23,13 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## pre-train a small MAE with evolved masks on photographs (CPU, minutes)
 	$(RUN) -m mae_evolved.main_pretrain --config mae_evolved/recipes/demo.toml --resume none --output_dir output/demo_mae
+
+demo-beit: $(VENV)/.demo  ## train a small tokenizer, then a small BEiT with evolved masks on photographs (CPU, minutes)
+	$(RUN) -m beit_evolved.train_tokenizer --config beit_evolved/recipes/demo_tokenizer.toml --resume none --output_dir output/demo_tokenizer
+	$(RUN) -m beit_evolved.run_beit_pretraining --config beit_evolved/recipes/demo.toml --tokenizer output/demo_tokenizer --resume none --output_dir output/demo_beit
+
+demo-simmim: $(VENV)/.demo  ## pre-train a small SimMIM with evolved masks on photographs (CPU, minutes)
+	$(RUN) -m simmim_evolved.main_simmim --config simmim_evolved/recipes/demo.toml --resume none --output_dir output/demo_simmim
 
 test: $(VENV)/.dev  ## all tests
 	$(RUN) -m pytest -q

@@ -29,7 +29,17 @@ from torch import Tensor
 from common.attention import AttentionTap, attention_mode, choose_layers, graph_from_blocks, patch_graph
 from common.draws import Draws, GeneratorDraws, SampleDraws, Stream
 from common.mask_config import MaskConfig
-from common.masks import BLOCK_ATTEMPTS, BLOCK_DRAWS, block_masks, count_masked, grid_classes
+from common.masks import (
+    BLOCK_ATTEMPTS,
+    BLOCK_DRAWS,
+    MIN_BLOCK,
+    block_masks,
+    count_masked,
+    grid_classes,
+    official_block_draws,
+    official_block_masks,
+    unit_masks,
+)
 from common.parts import PartsFit, check_graph, fit_parts, partition_parts, start_draws
 
 __all__ = [
@@ -39,6 +49,9 @@ __all__ = [
 ]  # fmt: skip
 
 AttentionFn = Callable[[Tensor], "Tensor | Iterable[Tensor]"]
+
+FIXED_ALPHA = {"grid": 0.0, "part": 1.0, "random": 1.0, "block": 1.0, "random-units": 1.0, "block-official": 1.0}
+"""Weight of the second term of the blend, for strategies in which it does not grow."""
 
 
 # --- The schedule: how far the masks have evolved (Eq. 4, Sec. 4.1) ---------------------------------------------
@@ -143,7 +156,7 @@ class MaskBatch:
     """Masks of a batch, and how they came about.
 
     Attributes:
-        mask: bool [B, N], True = masked.
+        mask: bool [B, N], True = masked; `num_masked` in every row, or at most that under "block-official".
         parts: int64 [B, N], part of each patch in 0..num_parts-1; -1 for images without an attention pass.
         alpha: weight of the parts in this batch.
         num_parts: K of this batch.
@@ -196,6 +209,7 @@ class EvolvedMask:
             )
         if self.config.uses_attention and self.config.most_parts > self.num_patches:
             raise ValueError(f"K = {self.config.most_parts} parts is above the N = {self.num_patches} patches of an image")
+        self._check_strategy()
         self.generator = torch.Generator().manual_seed(seed)
         self.set_epoch(0)
 
@@ -209,7 +223,7 @@ class EvolvedMask:
     @property
     def alpha(self) -> float:
         """Weight of the second term of the blend at this epoch (Eq. 4, or fixed by the strategy)."""
-        fixed = {"grid": 0.0, "part": 1.0, "random": 1.0, "block": 1.0}.get(self.config.mask, self.config.alpha)
+        fixed = FIXED_ALPHA.get(self.config.mask, self.config.alpha)
         if fixed is not None:
             return fixed
         schedule = self.config.schedule_epochs or self.total_epochs
@@ -241,7 +255,9 @@ class EvolvedMask:
         tie_order = draws.uniform(Stream.TIES, self.num_patches) if self.config.ties == "random" else None
         if not self.config.uses_attention:
             second = self._static_probability(draws)
-            mask = _mask_highest(blend(by_grid, second, alpha), self.num_masked, tie_order)
+            mask = second > 0  # what BEiT's own rule gives, as it is: it may fall short of num_masked
+            if self.config.exact_count:
+                mask = _mask_highest(blend(by_grid, second, alpha), self.num_masked, tie_order)
             nobody = torch.full((batch, self.num_patches), -1, device=device)
             return MaskBatch(mask, nobody, alpha, self.num_parts, torch.ones(batch, dtype=torch.bool, device=device))
         num_parts = self._jittered_parts(draws)
@@ -290,6 +306,24 @@ class EvolvedMask:
         self.set_epoch(state["epoch"])
         self.generator.set_state(state["generator"].cpu())
 
+    def _check_strategy(self) -> None:
+        """Raises ValueError where a strategy cannot make masks of this grid and count."""
+        unit = self.config.mask_unit
+        if self.config.mask == "official":
+            raise ValueError("mask 'official' stands for a method's own strategy: name it with config.with_official(...)")
+        if self.config.mask == "block-official" and self.num_masked < MIN_BLOCK:
+            raise ValueError(
+                f"mask 'block-official' needs {MIN_BLOCK} masked patches or more, its smallest block, got {self.num_masked}"
+            )
+        if self.config.mask != "random-units":
+            return
+        if self.height % unit or self.width % unit:
+            raise ValueError(f"mask_unit {unit} does not divide the patch grid {self.height}x{self.width}")
+        if self.num_masked % unit**2:
+            raise ValueError(
+                f"num_masked {self.num_masked} is not a multiple of the {unit**2} patches of a unit (mask_unit {unit})"
+            )
+
     def _draws(self, batch: int, sample_ids: Tensor | None, device: torch.device) -> Draws:
         if sample_ids is None:
             return GeneratorDraws(batch, self.generator, device)
@@ -316,6 +350,12 @@ class EvolvedMask:
         if self.config.mask in ("block", "grid-to-block"):
             drawn = draws.uniform(Stream.BLOCK, BLOCK_ATTEMPTS * BLOCK_DRAWS + self.num_patches)
             return block_masks(self.height, self.width, self.num_masked, drawn).float()
+        if self.config.mask == "block-official":
+            drawn = draws.uniform(Stream.BLOCK, official_block_draws(self.num_masked))
+            return official_block_masks(self.height, self.width, self.num_masked, drawn).float()
+        if self.config.mask == "random-units":
+            drawn = draws.uniform(Stream.PATCHES, self.num_patches // self.config.mask_unit**2)
+            return unit_masks(self.height, self.width, self.num_masked, self.config.mask_unit, drawn).float()
         return draws.uniform(Stream.PATCHES, self.num_patches)
 
     def _decided_by_grid(self, p_grid: Tensor, by_part: Tensor, alpha: float) -> Tensor:

@@ -7,12 +7,13 @@ is the released code (ZhanzhouFeng/Evolved-Part-Masking, commit 28228aa).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from common.masks import count_masked, count_masked_units
 from common.parts import DEFAULT_FLOOR
 
-Strategy = Literal["evolved", "part", "grid", "random", "block", "grid-to-block"]
+Strategy = Literal["evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official", "official"]
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -30,8 +31,11 @@ class MaskConfig:
     mask: Strategy = _option(
         "evolved",
         "masking strategy: evolved (the paper's), part (alpha = 1), grid (alpha = 0), random, block (BEiT's rule with "
-        "the exact count), grid-to-block (the appendix's baseline)",
+        "the exact count), grid-to-block (the appendix's baseline), random-units (SimMIM's: squares of mask_unit patches), "
+        "block-official (BEiT's own, which may mask fewer), official (the method's own: MAE random, BEiT block-official, "
+        "SimMIM random-units)",
     )
+    mask_unit: int = _option(2, "patches across a square of random-units (SimMIM: 32 px, 2 patches of 16 px)")
     gamma: float = _option(2.0, "exponent of alpha = (t/T)^gamma (Eq. 4, Table 2)")
     alpha: float | None = _option(None, "fix alpha in 0..1 instead of letting it grow (Table 2)")
     alpha_offset: int = _option(0, "added to the epoch in Eq. 4 (released code: 1)")
@@ -95,6 +99,7 @@ class MaskConfig:
             self._check(name, value is None or value >= 1, "must be 1 or more")
         self._check("parts_jitter", self.parts_jitter >= 0, "must be 0 or more")
         self._check("covariance_floor", self.covariance_floor > 0, "must be above 0")
+        self._check("mask_unit", self.mask_unit >= 1, "must be 1 or more")
         self._check("kappa", self.kappa > 0, "must be above 0")
         self._check("iterations", self.iterations >= 0, "must be 0 or more")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")
@@ -139,6 +144,25 @@ class MaskConfig:
     def uses_attention(self) -> bool:
         """Whether this strategy ever looks at the model."""
         return self.mask in ("evolved", "part")
+
+    @property
+    def exact_count(self) -> bool:
+        """Whether every image gets exactly `num_masked` masked patches."""
+        return self.mask != "block-official"
+
+    def with_official(self, strategy: Strategy) -> MaskConfig:
+        """The same options with `strategy` in the place of "official", the name that each method fills in."""
+        return replace(self, mask=strategy) if self.mask == "official" else self
+
+    def count_masked(self, grid_size: tuple[int, int], mask_ratio: float) -> int:
+        """Masked patches of an image: floor(N * r), or all patches of ceil(units * r) units.
+
+        Raises:
+            ValueError: nothing or everything would be masked, or units do not fit the grid.
+        """
+        if self.mask == "random-units":
+            return count_masked_units(*grid_size, mask_ratio, self.mask_unit)
+        return count_masked(grid_size[0] * grid_size[1], mask_ratio)
 
     def _layers_readable(self) -> bool:
         try:

@@ -1,9 +1,10 @@
 """The mask contract, masks that need no model, and the form each model takes a mask in.
 
 A mask is bool [B, N], row-major over an (H, W) patch grid, True = masked, with exactly `num_masked` True in
-every row. Grids need not be square, nor even.
+every row. Grids need not be square, nor even. One mask is outside the contract: BEiT's own block rule
+(:func:`official_block_masks`) may mask fewer.
 
-B batch (images)   H, W patch grid   N = H*W patches   A attempts to place a rectangle
+B batch (images)   H, W patch grid   N = H*W patches   A attempts to place a rectangle   U units, squares of u*u patches
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch.nn import functional
 
 BLOCK_ATTEMPTS = 48
 BLOCK_DRAWS = 4  # numbers an attempt takes: area, aspect ratio, top, left
+OFFICIAL_ATTEMPTS = 10  # attempts at one block before BEiT's own rule stops
+MIN_BLOCK = 16  # patches of the smallest block, BEiT's value
 
 
 def count_masked(num_patches: int, mask_ratio: float) -> int:
@@ -33,6 +36,25 @@ def count_masked(num_patches: int, mask_ratio: float) -> int:
             f"mask_ratio {mask_ratio} masks {masked} of {num_patches} patches: at least one must be masked and one kept"
         )
     return masked
+
+
+def count_masked_units(height: int, width: int, mask_ratio: float, unit: int) -> int:
+    """Patches masked by SimMIM's rule: ceil(U * r) units of u*u patches (14x14, r=0.6, u=2: 30 of 49 units, 120 patches).
+
+    The product is the floating-point one of the official code, so that the count is its count for every ratio.
+
+    Raises:
+        ValueError: a grid that units do not fill, or a ratio that masks nothing or everything.
+    """
+    if height % unit or width % unit:
+        raise ValueError(f"mask_unit {unit} does not divide the patch grid {height}x{width}")
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio must be inside (0, 1), got {mask_ratio}")
+    units = (height // unit) * (width // unit)
+    masked = math.ceil(units * mask_ratio)
+    if masked >= units:
+        raise ValueError(f"mask_ratio {mask_ratio} masks all {units} units: at least one must be kept")
+    return masked * unit**2
 
 
 def check_mask(mask: Tensor, num_masked: int) -> None:
@@ -57,7 +79,7 @@ def grid_classes(height: int, width: int, device: torch.device | None = None) ->
 
 
 def block_masks(
-    height: int, width: int, num_masked: int, uniforms: Tensor, *, min_patches: int = 16, min_aspect: float = 0.3
+    height: int, width: int, num_masked: int, uniforms: Tensor, *, min_patches: int = MIN_BLOCK, min_aspect: float = 0.3
 ) -> Tensor:
     """Block-wise masks in the manner of BEiT (Bao et al., Algorithm 1), with the exact count.
 
@@ -86,6 +108,60 @@ def block_masks(
     score = torch.where(mask, 2.0, near[:, 0]).reshape(batch, cells) + filling / cells
     filled = torch.zeros(batch, cells, dtype=torch.bool, device=uniforms.device)
     return filled.scatter(1, score.topk(num_masked, dim=1).indices, True)
+
+
+def official_block_draws(num_masked: int) -> int:
+    """Numbers an image that :func:`official_block_masks` can take at most."""
+    return num_masked * OFFICIAL_ATTEMPTS * BLOCK_DRAWS
+
+
+def official_block_masks(
+    height: int, width: int, num_masked: int, uniforms: Tensor, *, min_patches: int = MIN_BLOCK, min_aspect: float = 0.3
+) -> Tensor:
+    """Block-wise masks by the rule of BEiT's released code: at most `num_masked`, often a few less.
+
+    Rectangles as in :func:`block_masks`. Each has ten attempts to bring at least one and at most the missing number
+    of new patches; the first that fails all ten ends the mask, whatever is missing.
+
+    Args:
+        uniforms: [B, official_block_draws(num_masked)] numbers in [0, 1), four an attempt.
+
+    Returns:
+        bool [B, N], rows of different counts.
+    """
+    batch = uniforms.shape[0]
+    attempts = uniforms.reshape(batch, -1, BLOCK_DRAWS)
+    mask = torch.zeros(batch, height, width, dtype=torch.bool, device=uniforms.device)
+    failed = torch.zeros(batch, dtype=torch.int64, device=uniforms.device)  # attempts at the present block
+    for attempt in range(attempts.shape[1]):
+        missing = num_masked - mask.sum(dim=(1, 2))
+        going = (missing > 0) & (failed < OFFICIAL_ATTEMPTS)
+        if not going.any():
+            break
+        rectangle = _rectangles(attempts[:, attempt], missing, height, width, min_patches, min_aspect)
+        new = (rectangle & ~mask).sum(dim=(1, 2))
+        fits = going & (new > 0) & (new <= missing)
+        mask |= rectangle & fits[:, None, None]
+        failed = torch.where(fits, 0, failed + 1)
+    return mask.flatten(1)
+
+
+def unit_masks(height: int, width: int, num_masked: int, unit: int, uniforms: Tensor) -> Tensor:
+    """Random squares of `unit` x `unit` patches (SimMIM): the units with the largest numbers are masked.
+
+    Args:
+        num_masked: patches, a multiple of unit*unit.
+        uniforms: [B, U] numbers in [0, 1), U = (H/u)(W/u); equal ones are taken in raster order.
+
+    Returns:
+        bool [B, N].
+    """
+    masked_units = num_masked // unit**2
+    if masked_units * unit**2 != num_masked:
+        raise ValueError(f"num_masked {num_masked} is not a multiple of the {unit**2} patches of a unit")
+    first = uniforms.argsort(dim=1, descending=True, stable=True)[:, :masked_units]
+    units = torch.zeros(uniforms.shape, dtype=torch.bool, device=uniforms.device).scatter(1, first, True)
+    return pixel_mask(units, height // unit, width // unit, unit).flatten(1)
 
 
 def _rectangles(uniforms: Tensor, missing: Tensor, height: int, width: int, min_patches: int, min_aspect: float) -> Tensor:

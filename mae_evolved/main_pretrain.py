@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor, nn
+from typing import ClassVar
 
 from common.training.config import TrainConfig, option, parse_arguments
-from common.training.data import Batch, picture_transform, training_transform
+from common.training.data import picture_transform, training_transform
 from common.training.engine import Method, pretrain
+from common.training.engine import reconstruction_loss as _loss
 from common.training.errors import run_cli
-from mae_evolved.model import ENCODER_FREE_PREFIXES, MODELS, patch_size_of
+from mae_evolved.model import ENCODER_FREE_PREFIXES, MODELS
 
 PROGRAM = "main_pretrain"
 DESCRIPTION = (
@@ -24,21 +24,9 @@ DESCRIPTION = (
 class MAEConfig(TrainConfig):
     """Flags of MAE."""
 
+    models: ClassVar[tuple[str, ...]] = tuple(MODELS)
     model: str = option("mae_vit_small_patch16", f"one of {', '.join(MODELS)}", group="model")
     norm_pix_loss: bool = option(True, "predict pixels normalised within their patch", group="model")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("model", self.model in MODELS, f"must be one of {', '.join(MODELS)}")
-        patch, (height, width) = patch_size_of(self.model), self.image_size
-        divisible = height % patch == 0 and width % patch == 0
-        self._require("input_size", divisible, f"must be divisible by the patch size {patch} of {self.model}")
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """(H, W) of the patch grid."""
-        patch = patch_size_of(self.model)
-        return self.image_size[0] // patch, self.image_size[1] // patch
 
 
 def build(config: MAEConfig) -> Method:
@@ -52,11 +40,6 @@ def build(config: MAEConfig) -> Method:
         not_in_attention=("decoder_embed", "decoder_blocks", "decoder_norm", "decoder_pred"),
         may_miss=ENCODER_FREE_PREFIXES,
     )
-
-
-def _loss(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
-    loss, _ = model(batch.images, mask)
-    return loss
 
 
 def main(argv: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.attention import Layers, Values, stream_attention
 from common.masks import mae_ids
+from common.model_names import patch_size_of as patch_size_of
 from common.timm_layers import Block, PatchEmbed
 
 ENCODER_FREE_PREFIXES = ("decoder_", "mask_token")
@@ -199,8 +200,3 @@ MODELS: dict[str, Callable[..., MaskedAutoencoder]] = {
     "mae_vit_large_patch16": partial(MaskedAutoencoder, width=1024, depth=24, heads=16),
     "mae_vit_huge_patch14": partial(MaskedAutoencoder, patch_size=14, width=1280, depth=32, heads=16),
 }
-
-
-def patch_size_of(name: str) -> int:
-    """Patch size in pixels of a model of :data:`MODELS`, without building it."""
-    return int(name.rpartition("patch")[2])

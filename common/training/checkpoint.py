@@ -11,6 +11,7 @@ move both ways):
     ema                        weights of the moving average, or None
     config, mask_config        plain dicts
     effective_batch, samples   images an update, and samples an epoch
+    facts                      what the targets depend on besides (which tokenizer)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 
 from common.mask_config import MaskConfig
-from common.training.config import TrainConfig
+from common.training.config import RunConfig, TrainConfig
 from common.training.errors import BadInput
 
 LAST = "checkpoint-last.pth"
@@ -36,6 +37,7 @@ FREE_TO_CHANGE = frozenset(
     (
         *("data_path", "download", "num_workers", "pin_mem", "on_bad_image", "batch_size", "accum_iter", "device", "compile"),
         *("output_dir", "log_dir", "resume", "init_from", "save_freq", "save_steps", "picture_epochs", "picture_images"),
+        "tokenizer",  # its content is checked instead, as one of the method's facts
     )
 )
 """Flags that a resumed run may change: what they say does not alter the weights of the run, or is checked apart."""
@@ -70,7 +72,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def find_resume(config: TrainConfig) -> Path | None:
+def find_resume(config: RunConfig) -> Path | None:
     """The checkpoint that a run continues. The first that applies:
 
     1. --resume PATH: that file; it must exist.
@@ -91,7 +93,7 @@ def check_same_run(
     """Raises BadInput, naming what differs, unless the checkpoint belongs to a run with these settings."""
     if "config" not in state or "mask" not in state:
         raise BadInput(f"checkpoint {path}: has no training state to resume; --init_from takes its weights")
-    differs = _differences(state["config"], asdict(config), FREE_TO_CHANGE) + _differences(
+    differs = differences(state["config"], asdict(config), FREE_TO_CHANGE) + differences(
         state["mask_config"], asdict(mask_config)
     )
     for name, value in (("effective_batch", effective_batch), ("samples", samples)):
@@ -101,7 +103,8 @@ def check_same_run(
         raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
 
 
-def _differences(saved: dict[str, Any], mine: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
+def differences(saved: dict[str, Any], mine: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
+    """A line `--flag saved -> mine` for each value that differs, flags in `free` left out."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in mine.items()}
     held = {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
     keys = sorted((set(plain) | set(held)) - free)

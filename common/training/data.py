@@ -23,7 +23,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from common.draws import Stream, hash_seed
-from common.training.config import TrainConfig
+from common.training.config import RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from common.training.sources import ImageSource
@@ -145,7 +145,7 @@ class RankBatches(Sampler[list[Key]]):
         BadInput: an epoch would have no update at all.
     """
 
-    def __init__(self, length: int, config: TrainConfig, processes: Processes) -> None:
+    def __init__(self, length: int, config: RunConfig, processes: Processes) -> None:
         self.length, self.seed = length, config.seed
         self.batch_size, self.accum_iter = config.batch_size, config.accum_iter
         self.rank, self.world = processes.rank, processes.world
@@ -174,7 +174,7 @@ class RankBatches(Sampler[list[Key]]):
             yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
 
 
-def make_loader(samples: Samples, batches: RankBatches, config: TrainConfig, processes: Processes) -> DataLoader[Any]:
+def make_loader(samples: Samples, batches: RankBatches, config: RunConfig, processes: Processes) -> DataLoader[Any]:
     """Loader of this rank's batches."""
     workers = count_workers(config.num_workers)
     return DataLoader(
@@ -195,14 +195,23 @@ def count_workers(asked: int) -> int:
     return min(10, len(os.sched_getaffinity(0)) // ranks)
 
 
-def training_transform(config: TrainConfig) -> Transform:
-    """MAE's augmentation: random resized crop (bicubic), flip, ImageNet normalisation."""
-    crop = transforms.RandomResizedCrop(config.image_size, scale=config.crop_scale, interpolation=InterpolationMode.BICUBIC)
-    flip = [transforms.RandomHorizontalFlip()] if config.flip else []
-    return transforms.Compose([crop, *flip, *_to_tensor()])
+def training_transform(config: RunConfig) -> Transform:
+    """Random resized crop, flip, ImageNet normalisation: the augmentation of MAE and of SimMIM."""
+    return transforms.Compose([*_crop_and_flip(config), *_to_tensor()])
 
 
-def picture_transform(config: TrainConfig) -> Transform:
+def colour_transform(config: RunConfig) -> Transform:
+    """Random resized crop and flip, as colours in 0..1: what a tokenizer takes."""
+    return transforms.Compose([*_crop_and_flip(config), transforms.ToTensor()])
+
+
+def _crop_and_flip(config: RunConfig) -> list[Any]:
+    interpolation = InterpolationMode(config.interpolation)
+    crop = transforms.RandomResizedCrop(config.image_size, scale=config.crop_scale, interpolation=interpolation)
+    return [crop, *([transforms.RandomHorizontalFlip()] if config.flip else [])]
+
+
+def picture_transform(config: RunConfig) -> Transform:
     """The middle of an image, for pictures."""
     height, width = config.image_size
     middle = [

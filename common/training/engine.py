@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.attention import Layers, Values, attention_mode
 from common.draws import Stream, hash_seed
-from common.evolved_mask import EvolvedMask, MaskBatch, count_masked
+from common.evolved_mask import EvolvedMask, MaskBatch
 from common.mask_config import MaskConfig
 from common.training.checkpoint import (
     LAST,
@@ -67,6 +67,8 @@ class Method:
         picture_transform: image -> normalised [3, H, W] without randomness.
         not_in_attention: submodules that the attention pass does not run.
         may_miss: prefixes of state-dict keys that an encoder-only checkpoint lacks.
+        facts: plain values that the targets depend on (which tokenizer, say); written to run.json and to checkpoints,
+            and a resumed run must have the same.
     """
 
     name: str
@@ -76,6 +78,13 @@ class Method:
     picture_transform: Transform
     not_in_attention: tuple[str, ...] = ()
     may_miss: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def reconstruction_loss(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
+    """Loss of a model that returns (loss, prediction) for images and mask."""
+    loss, _ = model(batch.images, mask)
+    return loss
 
 
 def pretrain(config: TrainConfig, mask_config: MaskConfig, grid_size: tuple[int, int], build: Callable[[], Method]) -> None:
@@ -104,8 +113,12 @@ def pretrain(config: TrainConfig, mask_config: MaskConfig, grid_size: tuple[int,
 
 def _make_mask(config: TrainConfig, mask_config: MaskConfig, grid_size: tuple[int, int]) -> EvolvedMask:
     height, width = grid_size
+    if not (mask_config.exact_count or config.uneven_masks):
+        raise BadInput(
+            f"--mask {mask_config.mask} may mask fewer patches in some images, which this model cannot take; use block"
+        )
     try:
-        num_masked = count_masked(height * width, config.mask_ratio)
+        num_masked = mask_config.count_masked(grid_size, config.mask_ratio)
         return EvolvedMask(grid_size, num_masked, config.epochs, mask_config, seed=config.seed)
     except ValueError as error:
         raise BadInput(
@@ -157,6 +170,8 @@ class Pretraining:
             return
         state = read_checkpoint(self.resumed_from)
         check_same_run(state, self.resumed_from, self.config, self.mask_config, self.batches.effective_batch, len(self.samples))
+        if state["facts"] != self.method.facts:
+            raise BadInput(f"checkpoint {self.resumed_from}: made with {state['facts']}, this run has {self.method.facts}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -358,6 +373,7 @@ class Pretraining:
             "mask_config": asdict(self.mask_config),
             "effective_batch": self.batches.effective_batch,
             "samples": len(self.samples),
+            "facts": self.method.facts,
         }
 
     def _stop_unreadable(self, bad: list[str]) -> None:
@@ -394,13 +410,13 @@ class Pretraining:
         facts = run_facts(
             self.config, self.mask_config, self.processes, self.resumed_from,
             method=self.method.name, effective_batch=self.batches.effective_batch, lr=self.peak_lr, precision=str(self.precision),
-            samples=len(self.samples), updates_an_epoch=self.batches.updates,
+            samples=len(self.samples), updates_an_epoch=self.batches.updates, **self.method.facts,
         )  # fmt: skip
         self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates + self.first_update)
         height, width = self.mask.height, self.mask.width
         self.log.say(
             f"{self.method.name} {self.config.model}, mask {self.mask_config.mask}: "
-            f"{self.mask.num_masked} of {height}x{width} patches; "
+            f"{'' if self.mask_config.exact_count else 'at most '}{self.mask.num_masked} of {height}x{width} patches; "
             f"{len(self.samples)} samples an epoch, effective batch {self.batches.effective_batch}, lr {self.peak_lr:.3g}, "
             f"{self.device} x {self.processes.world}, {str(self.precision).removeprefix('torch.')}"
         )

@@ -10,30 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.training.config import TrainConfig
+from common.training.config import RunConfig
 
 
-def absolute_lr(config: TrainConfig, effective_batch: int) -> float:
-    """--lr, or blr * effective batch / 256 (MAE's linear scaling rule)."""
-    return config.lr if config.lr is not None else config.blr * effective_batch / 256
+def absolute_lr(config: RunConfig, effective_batch: int) -> float:
+    """--lr, or blr * effective batch / blr_batch (the linear scaling rule)."""
+    return config.lr if config.lr is not None else config.blr * effective_batch / config.blr_batch
 
 
-def lr_at(epoch: float, config: TrainConfig, peak: float) -> float:
-    """Learning rate at a fractional epoch: linear warm-up from 0, then half a cosine down to `min_lr`."""
+def lr_at(epoch: float, config: RunConfig, peak: float) -> float:
+    """Learning rate at a fractional epoch: linear warm-up, then the schedule that the configuration names."""
     if epoch < config.warmup_epochs:
-        return peak * epoch / config.warmup_epochs
+        return peak * config.warmup_start + (1 - config.warmup_start) * peak * epoch / config.warmup_epochs
+    if config.lr_schedule == "multistep":
+        return peak * config.lr_gamma ** sum(epoch >= share * config.epochs for share in config.milestones)
     share = (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
     return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW; weights in the second group, biases and everything one-dimensional, without decay, in the first.
+def make_optimizer(model: nn.Module, config: RunConfig, lr: float) -> torch.optim.AdamW:
+    """AdamW; weights in the second group; biases, everything one-dimensional and `model.no_weight_decay` in the first.
 
-    The order of the groups is that of the official optimizer state, so that it loads here and there.
+    The order of the groups is that of the official optimizer state of MAE and BEiT, so that it loads here and there.
     """
+    spared: tuple[str, ...] = getattr(model, "no_weight_decay", ())
     trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    plain = [value for name, value in trained if value.ndim <= 1 or name.endswith(".bias")]
-    decayed = [value for name, value in trained if not (value.ndim <= 1 or name.endswith(".bias"))]
+    without_decay = {name for name, value in trained if value.ndim <= 1 or name.endswith(".bias") or name in spared}
+    plain = [value for name, value in trained if name in without_decay]
+    decayed = [value for name, value in trained if name not in without_decay]
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}]
     return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2))
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from common.mask_config import MaskConfig
-from common.training.config import TrainConfig
+from common.training.config import RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "tensorboard", "submitit")
 class RunLog:
     """Files of a run; on ranks other than the main one nothing is written."""
 
-    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+    def __init__(self, config: RunConfig, processes: Processes) -> None:
         self.folder = Path(config.output_dir)
         self.tensorboard_folder = Path(config.log_dir) if config.log_dir else self.folder / "tensorboard"
         self.active = processes.is_main
@@ -92,7 +92,7 @@ class RunLog:
 
 
 def run_facts(
-    config: TrainConfig, mask_config: MaskConfig, processes: Processes, resumed_from: Path | None, **more: Any
+    config: RunConfig, mask_config: MaskConfig | None, processes: Processes, resumed_from: Path | None, **more: Any
 ) -> dict[str, Any]:
     """What is needed to repeat a run."""
     gpu = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else None
@@ -100,7 +100,7 @@ def run_facts(
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": asdict(config),
-        "mask": asdict(mask_config),
+        "mask": asdict(mask_config) if mask_config else None,
         "git": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": {
