@@ -187,6 +187,12 @@ def _parser(config_class: type[TrainConfig], program: str, description: str) -> 
         heading = one.metadata.get("group", "model")
         groups.setdefault(heading, parser.add_argument_group(heading) if heading not in groups else None)
         _add_flag(groups[heading], one, get_type_hints(config_class)[one.name])
+    add_mask_flags(parser)
+    return parser
+
+
+def add_mask_flags(parser: argparse.ArgumentParser) -> None:
+    """--recipe and one flag for each field of MaskConfig; only what is given ends up in the namespace."""
     group = parser.add_argument_group("mask", "the method's choices; docs/method.md explains each")
     group.add_argument(
         "--recipe",
@@ -196,7 +202,6 @@ def _parser(config_class: type[TrainConfig], program: str, description: str) -> 
     )
     for one in fields(MaskConfig):
         _add_flag(group, one, get_type_hints(MaskConfig)[one.name])
-    return parser
 
 
 def _add_flag(group: Any, one: Field[Any], hint: Any) -> None:
