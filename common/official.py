@@ -28,6 +28,7 @@ import importlib
 import inspect
 import os
 import pathlib
+import pickle
 import random
 import sys
 import types
@@ -506,11 +507,56 @@ def shim_torch_load() -> None:
     torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath])
 
 
-def shim_torch_load_yacs() -> None:
-    """As :func:`shim_torch_load`, for the yacs configuration in SimMIM's checkpoints."""
-    from yacs.config import CfgNode
+def shim_dall_e_load() -> None:
+    """DALL-E's tokenizer is published as a pickled network, refused by torch.load since 2.6: its classes are allowed.
 
-    torch.serialization.add_safe_globals([CfgNode])
+    They are imported from BEiT's own folder `dall_e`. Can go when BEiT loads a state dict.
+    """
+    try:
+        names = [importlib.import_module(f"dall_e.{name}") for name in ("encoder", "decoder", "utils")]
+    except ImportError:  # not in BEiT's folder, or without its requirements: its own import will say so
+        return
+    parts = [vars(module)[name] for module in names for name in DALL_E_CLASSES if name in vars(module)]
+    layers = (nn.Sequential, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Upsample)
+    torch.serialization.add_safe_globals([*parts, *layers])
+
+
+DALL_E_CLASSES = ("Encoder", "EncoderBlock", "Decoder", "DecoderBlock", "Conv2d")
+
+
+class _ListedUnpickler(pickle.Unpickler):
+    """Reads tensors, plain containers and SimMIM's configuration; any other global in the file is refused."""
+
+    listed = frozenset((
+        ("collections", "OrderedDict"), ("collections", "Counter"), ("collections", "defaultdict"),
+        ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("yacs.config", "CfgNode"),
+    ))  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.listed:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
+
+
+def shim_torch_load_yacs() -> None:
+    """SimMIM's checkpoints hold a yacs configuration, a dict of a kind that torch.load cannot be told to allow.
+
+    So its torch.load reads with a list of its own, on which nothing can run code. Can go when SimMIM saves a dict.
+    """
+    plain = torch.load
+    if getattr(plain, "shim", False):
+        return
+    listed = types.ModuleType("listed_pickle")
+    vars(listed).update({**vars(pickle), "__name__": "listed_pickle", "Unpickler": _ListedUnpickler})
+
+    @functools.wraps(plain)
+    def load(file: Any, *args: Any, **options: Any) -> Any:
+        if not args and not {"weights_only", "pickle_module"} & set(options):
+            options |= {"weights_only": False, "pickle_module": listed}
+        return plain(file, *args, **options)
+
+    load.shim = True  # type: ignore[attr-defined]
+    torch.load = load
 
 
 def shim_local_rank() -> None:
@@ -628,7 +674,10 @@ SHIMS: dict[str, tuple[Callable[[], None], ...]] = {
         shim_torch_six, shim_timm_version, shim_qk_scale, shim_numpy_aliases, shim_torch_load, shim_local_rank,
         shim_cuda_calls,
     ),
-    "beit": (shim_torch_six, shim_numpy_aliases, shim_torch_load, shim_local_rank, shim_cuda_calls, shim_loss_scale),
+    "beit": (
+        shim_torch_six, shim_numpy_aliases, shim_torch_load, shim_dall_e_load, shim_local_rank, shim_cuda_calls,
+        shim_loss_scale,
+    ),
     "simmim": (shim_torch_load_yacs, shim_required_local_rank, shim_cuda_calls, shim_cuda_only_script, shim_apex_amp),
 }  # fmt: skip
 """The shims of each upstream, in the order in which they are applied."""
