@@ -44,6 +44,7 @@ from timm.models.registry import register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms import functional as transforms
 
 from common.attention import Layers, Values, attention_mode, choose_layers, stream_attention
 from common.draws import Stream, hash_seed
@@ -313,9 +314,7 @@ def _read_simmim(config: Any) -> Wanted:
     """Without :func:`check_arguments` having written the choices, the masks stay the official ones."""
     options = dict(config.EVOLVED_MASK) if "EVOLVED_MASK" in config else {"mask": OFFICIAL}
     lower = None if config.AMP_OPT_LEVEL == "O0" else torch.bfloat16
-    return Wanted(
-        options, config.TRAIN.EPOCHS, config.SEED, lambda patches: count_masked(patches, config.DATA.MASK_RATIO), lower
-    )
+    return Wanted(options, config.TRAIN.EPOCHS, config.SEED, lambda patches: count_masked(patches, config.DATA.MASK_RATIO), lower)
 
 
 READERS: dict[str, Callable[[Any], Wanted]] = {"mae": _read_mae, "beit": _read_beit, "simmim": _read_simmim}
@@ -478,13 +477,11 @@ def shim_qk_scale() -> None:
         return
     plain = Block.__init__
 
-    @functools.wraps(plain)
     def init(self: Any, *args: Any, qk_scale: None = None, **options: Any) -> None:
         if qk_scale is not None:
             raise TypeError(f"timm {timm.__version__} has no qk_scale, got {qk_scale!r}")
         plain(self, *args, **options)
 
-    del init.__wrapped__  # type: ignore[attr-defined]  # so that the signature shows qk_scale
     Block.__init__ = init
 
 
@@ -496,6 +493,15 @@ def shim_numpy_aliases() -> None:
     for name, plain in (("float", float), ("int", int)):
         if name not in vars(np):
             setattr(np, name, plain)
+
+
+def shim_image_size() -> None:
+    """MAE's linear probe calls torchvision's private `_get_image_size`, which has been `get_image_size` since 0.13.
+
+    Can go when the upstream uses the public name.
+    """
+    if not hasattr(transforms, "_get_image_size"):
+        vars(transforms)["_get_image_size"] = transforms.get_image_size
 
 
 def shim_torch_load() -> None:
@@ -530,6 +536,7 @@ class _ListedUnpickler(pickle.Unpickler):
     listed = frozenset((
         ("collections", "OrderedDict"), ("collections", "Counter"), ("collections", "defaultdict"),
         ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("yacs.config", "CfgNode"),
+        ("__builtin__", "set"), ("builtins", "set"),
     ))  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
@@ -556,7 +563,7 @@ def shim_torch_load_yacs() -> None:
         return plain(file, *args, **options)
 
     load.shim = True  # type: ignore[attr-defined]
-    torch.load = load
+    torch.load = load  # type: ignore[assignment]
 
 
 def shim_local_rank() -> None:
@@ -625,7 +632,7 @@ def shim_cuda_only_script() -> None:
         join("gloo" if backend == "nccl" else backend, **options)
 
     init_process_group.shim = True  # type: ignore[attr-defined]
-    parallel.__init__ = init  # type: ignore[method-assign]
+    parallel.__init__ = init  # type: ignore[method-assign, assignment]
     torch.distributed.init_process_group = init_process_group  # type: ignore[assignment]
 
 
@@ -671,8 +678,8 @@ def _amp_initialize(model: nn.Module, optimizer: torch.optim.Optimizer, opt_leve
 
 SHIMS: dict[str, tuple[Callable[[], None], ...]] = {
     "mae": (
-        shim_torch_six, shim_timm_version, shim_qk_scale, shim_numpy_aliases, shim_torch_load, shim_local_rank,
-        shim_cuda_calls,
+        shim_torch_six, shim_timm_version, shim_qk_scale, shim_numpy_aliases, shim_image_size, shim_torch_load,
+        shim_local_rank, shim_cuda_calls,
     ),
     "beit": (
         shim_torch_six, shim_numpy_aliases, shim_torch_load, shim_dall_e_load, shim_local_rank, shim_cuda_calls,
