@@ -101,12 +101,16 @@ def shim_image_size() -> None:
 
 
 def shim_torch_load() -> None:
-    """Checkpoints hold the script's arguments, which torch.load refuses since 2.6 (weights_only).
+    """Checkpoints hold the script's arguments, and BEiT's numpy numbers: torch.load refuses both since 2.6.
 
-    Those plain classes are allowed, nothing else: a checkpoint still cannot run code. Can go when the upstream
-    saves a dict.
+    Those plain classes are allowed, nothing else: a checkpoint still cannot run code. Can go when the upstreams
+    save a dict and floats.
     """
+    number = np.float64(0)
+    make_number: Any = number.__reduce__()[0]
+    before_numpy_2 = (make_number, "numpy.core.multiarray.scalar")
     torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath])
+    torch.serialization.add_safe_globals([make_number, before_numpy_2, np.dtype, type(number.dtype)])
 
 
 def shim_dall_e_load() -> None:
