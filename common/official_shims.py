@@ -245,7 +245,7 @@ def _same(value: Any, *args: Any, **options: Any) -> Any:
 
 
 def shim_apex_amp() -> None:
-    """SimMIM's mixed precision is `apex.amp`, which NVIDIA gave up: bf16 autocast stands in where it is missing.
+    """SimMIM's mixed precision is `apex.amp`, deprecated (NVIDIA/apex#1214): bf16 autocast stands in where it is missing.
 
     bf16 has the range of fp32, so there is no loss scale to keep. On a machine without a GPU precision stays fp32.
     Can go when SimMIM uses torch.amp.
