@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-beit demo-simmim test check lint types benchmark clean
+.PHONY: help demo demo-beit demo-simmim test test-upstream check lint types benchmark clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -21,6 +21,10 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+$(VENV)/.upstream: requirements-upstream.txt $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-upstream.txt
+	@touch $@
+
 demo: $(VENV)/.demo  ## pre-train a small MAE with evolved masks on photographs (CPU, minutes)
 	$(RUN) -m mae_evolved.main_pretrain --config mae_evolved/recipes/demo.toml --resume none --output_dir output/demo_mae
 
@@ -33,6 +37,9 @@ demo-simmim: $(VENV)/.demo  ## pre-train a small SimMIM with evolved masks on ph
 
 test: $(VENV)/.dev  ## all tests
 	$(RUN) -m pytest -q
+
+test-upstream: $(VENV)/.upstream  ## tests against clones: UPSTREAM_MAE=PATH UPSTREAM_BEIT=PATH UPSTREAM_SIMMIM=PATH
+	$(RUN) -m pytest -q tests/patches
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -151,6 +151,8 @@ def attention_mode(model: nn.Module, mode: Literal["eval", "train"] = "eval") ->
 
     Every module gets back the mode it had, also where modes were mixed and when the pass raises.
     """
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode must be 'eval' or 'train', not {mode!r}")
     before = [(module, module.training) for module in model.modules()]
     try:
         model.train(mode == "train")
@@ -162,7 +164,7 @@ def attention_mode(model: nn.Module, mode: Literal["eval", "train"] = "eval") ->
 
 
 def patch_graph(attention: Tensor, num_prefix_tokens: int = 1, direction: Direction = "row") -> Tensor:
-    """Patch graph from an attention map (Eq. 7): prefix tokens dropped, heads averaged, negative values cut to 0.
+    """Patch graph from an attention map (Eq. 7): prefix tokens dropped, negative values cut to 0, heads averaged.
 
     Args:
         attention: [B, h, T, T] (or [B, T, T] without heads), rows are queries. Any floating type.
@@ -227,6 +229,7 @@ def graph_from_blocks(
             edges = edges.sum(dim=1, keepdim=True) if reduction == "sum" else edges.mean(dim=1, keepdim=True)
         total = edges if total is None else total.add_(edges)
         blocks += 1
+        del one, edges  # the next block runs before these names are bound again
     if total is None:
         raise ValueError("attention_fn gave no attention map: nothing to build the patch graph from")
     if reduction == "mean":

@@ -36,6 +36,8 @@ class Stream(IntEnum):
     ORDER = 17  # order of the samples in an epoch
     REPLACE = 18  # which sample stands in for an unreadable one
     MODEL = 19  # torch's own generator in a training step (dropout, drop-path)
+    OFFICIAL = 20  # all global generators in an epoch of a patched official script
+    OFFICIAL_MASK = 21  # the mask's generator in such an epoch
 
 
 class Draws(Protocol):

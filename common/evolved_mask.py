@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from common.masks import (
     official_block_masks,
     unit_masks,
 )
-from common.parts import PartsFit, fit_parts, partition_parts, start_draws
+from common.parts import PartsFit, check_graph, fit_parts, partition_parts, start_draws
 
 __all__ = [
     "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "alpha_at", "attention_mode", "blend",
@@ -134,12 +134,12 @@ def select_masked(probability: Tensor, num_masked: int, generator: torch.Generat
 
 
 def _mask_highest(probability: Tensor, num_masked: int, tie_order: Tensor | None) -> Tensor:
-    """As :func:`select_masked`, ties by ascending `tie_order` [B, N], or in raster order without it."""
+    """As :func:`select_masked`, ties by ascending `tie_order` [B, N]; without it the first in raster order are kept."""
     batch, patches = probability.shape
     if not 0 <= num_masked <= patches:
         raise ValueError(f"num_masked must be between 0 and the {patches} patches, got {num_masked}")
     if tie_order is None:
-        chosen = probability.argsort(dim=1, descending=True, stable=True)[:, :num_masked]
+        chosen = probability.argsort(dim=1, stable=True)[:, patches - num_masked :]
     else:
         shuffled = tie_order.argsort(dim=1, stable=True)
         ranked = probability.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
@@ -216,7 +216,9 @@ class EvolvedMask:
     def set_epoch(self, epoch: int) -> None:
         """Moves the schedule to epoch t, 0 <= t <= T."""
         _check_epoch(epoch, self.total_epochs)
-        self.epoch = epoch
+        if epoch != int(epoch):
+            raise ValueError(f"epoch must be a whole number, got {epoch}")
+        self.epoch = int(epoch)
 
     @property
     def alpha(self) -> float:
@@ -385,6 +387,7 @@ class EvolvedMask:
             raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
         everything = len(rows) == len(inputs)
         graph = self._graph(attention_fn(inputs if everything else inputs[rows]))
+        check_graph(graph, rows)
         parts[rows] = partition_parts(
             graph,
             num_parts,
@@ -398,6 +401,7 @@ class EvolvedMask:
             covariance_floor=self.config.covariance_floor,
             kappa=self.config.kappa,
             reseed_empty=self.config.reseed_empty,
+            check_finite=False,
         )
         return parts
 
@@ -415,3 +419,22 @@ class EvolvedMask:
                 f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
             )
         return graph
+
+
+# --- The calls that patches insert into the official code --------------------------------------------------------
+
+PATCH_CALLS = (
+    "prepare", "add_small_model", "add_arguments", "check_arguments", "attach", "load_state", "set_epoch", "masks_for",
+    "saved_state",
+)  # fmt: skip
+"""Names that patched scripts use as `evolved_mask.NAME`; common/official.py holds them."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Those of PATCH_CALLS, imported on first use: the method itself needs no command line and no processes."""
+        if name not in PATCH_CALLS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from common import official
+
+        return getattr(official, name)

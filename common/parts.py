@@ -132,8 +132,10 @@ def fit_parts(
         start: "kmeans++" seeds; "random" patches for the Gaussian, random directions for vmf.
         start_labels: int64 [B, N]; start from this partition instead.
         scaling: "image" centres the rows of an image and divides by their spread (gaussian) or makes them unit
-            vectors (vmf), so that floors and kappa are relative; "none" takes them as they are.
+            vectors (vmf), so that floors and kappa are relative; "none" takes them as they are (entries whose
+            squares overflow are then the caller's problem).
         covariance_floor: variances (for "full", a ridge) are not allowed below this, in units of the scaled rows.
+            Below about 1e-6 the rounding of float32 takes over.
         kappa: concentration of vmf.
         reseed_empty: move a part that lost all its patches to the patch explained worst.
         check_finite: look for NaN and infinity (one reduction, and on a GPU one synchronisation).
@@ -143,7 +145,7 @@ def fit_parts(
     """
     _check_arguments(graph, num_parts, iterations, estimator, covariance, start, scaling, covariance_floor, kappa)
     if check_finite:
-        _check_finite(graph)
+        check_graph(graph)
     with torch.autocast(device_type=graph.device.type, enabled=False):
         rows, center, scale = _standardise(graph, estimator, scaling)
         density: _Density = _VonMisesFisher(rows, kappa) if estimator == "vmf" else _GAUSSIANS[covariance](rows, covariance_floor)
@@ -152,7 +154,9 @@ def fit_parts(
             density.means = _random_directions(rows, num_parts, drawn)
         else:
             labels = start_labels
-            if labels is None:
+            if labels is not None:
+                _check_start(labels, rows, num_parts)
+            else:
                 drawn = _start_uniforms(rows, num_parts, estimator, start, uniforms, generator)
                 labels = _nearest_seed(rows, num_parts, drawn, start)
             density.maximise(torch.nn.functional.one_hot(labels, num_parts).to(rows.dtype))
@@ -343,6 +347,7 @@ class FullGaussian(_Gaussian):
         scatter = second - self.means[..., None] * self.means[..., None, :]  # [B, K, D, D]
         covariances = (scatter + scatter.transpose(2, 3)) / 2 + self.floor * self.identity
         factor, failed = torch.linalg.cholesky_ex(covariances)
+        factor = torch.where((failed == 0)[..., None, None], factor, self.identity)  # replaced by the old one below
         precision = torch.cholesky_inverse(factor)
         log_det = 2 * factor.diagonal(dim1=2, dim2=3).log().sum(dim=2)
         better = (failed == 0) & log_det.isfinite()
@@ -544,12 +549,24 @@ def _check_arguments(
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     if iterations < 0:
         raise ValueError(f"iterations must be 0 or more, got {iterations}")
-    if floor < 0 or kappa <= 0:
-        raise ValueError(f"covariance_floor must be 0 or more and kappa above 0, got {floor} and {kappa}")
+    if floor <= 0 or kappa <= 0:
+        raise ValueError(f"covariance_floor and kappa must be above 0, got {floor} and {kappa}")
 
 
-def _check_finite(graph: Tensor) -> None:
+def _check_start(labels: Tensor, rows: Tensor, num_parts: int) -> None:
+    if labels.shape != rows.shape[:2] or not bool(((labels >= 0) & (labels < num_parts)).all()):
+        raise ValueError(f"start_labels must be {list(rows.shape[:2])} in 0..{num_parts - 1}, got {list(labels.shape)}")
+
+
+def check_graph(graph: Tensor, images: Tensor | None = None) -> None:
+    """Raises ValueError for NaN or infinite entries, naming the images.
+
+    Args:
+        graph: [B, N, D].
+        images: int64 [B], the number under which to name each graph; default 0..B-1.
+    """
     finite = graph.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
-        wrong = (~finite).nonzero()[:, 0].tolist()
-        raise ValueError(f"the patch graph of image {wrong[0]} has NaN or infinite entries (images {wrong[:8]} of the batch)")
+        wrong = (~finite).nonzero()[:, 0]
+        named = (wrong if images is None else images[wrong]).tolist()
+        raise ValueError(f"the patch graph of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)")

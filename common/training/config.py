@@ -229,7 +229,7 @@ def parse_arguments(config_class: type[Config], program: str, description: str, 
         BadInput: an unknown flag or key, an unreadable file, or a value outside its range.
     """
     parser = _parser(config_class, program, description)
-    _add_mask_flags(parser)
+    add_mask_flags(parser)
     given = vars(parser.parse_args(argv))
     recipe, file = given.pop("recipe", None), given.pop("config", None)
     hints = {**get_type_hints(config_class), **get_type_hints(MaskConfig), "recipe": str}
@@ -272,7 +272,8 @@ def _parser(config_class: type[RunConfig], program: str, description: str) -> ar
     return parser
 
 
-def _add_mask_flags(parser: argparse.ArgumentParser) -> None:
+def add_mask_flags(parser: argparse.ArgumentParser) -> None:
+    """--recipe and one flag for each field of MaskConfig; only what is given ends up in the namespace."""
     group = parser.add_argument_group("mask", "the method's choices; docs/method.md explains each")
     group.add_argument(
         "--recipe",

@@ -1,0 +1,453 @@
+"""Shims and inserted calls, on stand-ins of our own for the official code; tests/patches/test_upstream.py has the real one."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common import official
+from common.evolved_mask import add_arguments, attach, check_arguments, load_state, masks_for, saved_state, set_epoch
+from common.masks import mae_ids
+from common.timm_layers import Block
+from mae_evolved.model import MaskedAutoencoder
+
+ROOT = Path(__file__).parents[2]
+TINY = {"input_size": (32, 32), "patch_size": 4, "width": 24, "depth": 2, "heads": 2}
+DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+
+
+class LikeMAE(MaskedAutoencoder):
+    """Our model behind the names of MAE's seam: embeddings in, kept tokens, float mask and ids_restore out."""
+
+    def random_masking(self, tokens: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        return official.gather_visible(tokens, torch.rand(tokens.shape[:2]).argsort(dim=1) >= 16)
+
+    def forward_encoder(self, images: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, mask, ids_restore = self.random_masking(self.embed(images), mask_ratio)
+        tokens = self.with_class_token(tokens)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens), mask, ids_restore
+
+
+class Biased(nn.Module):
+    """A block with the names of BEiT's: query and value biases apart, a shared bias handed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = Block(24, 2, qkv_bias=False)
+        self.norm1, self.attn = block.norm1, block.attn
+        self.attn.q_bias, self.attn.v_bias = nn.Parameter(torch.randn(24)), nn.Parameter(torch.randn(24))
+        self.attn.forward = self.attend
+
+    def attend(self, tokens: Tensor, rel_pos_bias: Tensor) -> Tensor:
+        attn = self.attn
+        bias = torch.cat([attn.q_bias, torch.zeros(24), attn.v_bias])
+        joined = nn.functional.linear(tokens, attn.qkv.weight, bias)
+        query, key, value = joined.reshape(*tokens.shape[:2], 3, 2, 12).permute(2, 0, 3, 1, 4)
+        attention = attn.attn_drop((query * attn.scale @ key.transpose(-2, -1) + rel_pos_bias).softmax(dim=-1))
+        return (attention @ value).transpose(1, 2).flatten(2)
+
+    def forward(self, tokens: Tensor, rel_pos_bias: Tensor) -> Tensor:
+        return tokens + self.attn(self.norm1(tokens), rel_pos_bias=rel_pos_bias)
+
+
+class LikeBEiT(nn.Module):
+    """An encoder without positions of its own, with a shared bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        plain = MaskedAutoencoder(**TINY, **DECODER)
+        self.patch_embed, self.cls_token, self.pos_embed = plain.patch_embed, plain.cls_token, None
+        self.blocks = nn.ModuleList(Biased() for _ in range(2))
+        self.table = nn.Parameter(torch.randn(2, 65, 65))
+        self.rel_pos_bias = lambda: self.table
+
+
+@pytest.fixture
+def mae() -> LikeMAE:
+    torch.manual_seed(0)
+    return LikeMAE(**TINY, **DECODER)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def keep_generators() -> Any:
+    """set_epoch seeds every generator of the process."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+def arguments(flags: str = "", **more: Any) -> argparse.Namespace:
+    """What a patched script's parser gives."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = parser.parse_args(flags.split())
+    plain = {"epochs": 4, "seed": 3, "mask_ratio": 0.75, "num_mask_patches": 20}
+    for key, value in {**plain, **more}.items():
+        setattr(given, key, value)
+    return given
+
+
+def attached(model: nn.Module, flags: str = "", upstream: str = "mae", **more: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(upstream, model, arguments("--parts_start 8 --parts_end 3 " + flags, **more), optimizer)
+    return optimizer
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", ["softmax", "scores"])
+@pytest.mark.parametrize("layers", ["all", "last", [0]])
+def test_attention_of_a_timm_encoder_is_that_of_our_trainer(mae: LikeMAE, images: Tensor, layers: Any, values: Any) -> None:
+    ours = list(mae.attention_maps(images, layers, values))
+    found = list(official.attention_maps(mae, images, layers, values))
+    assert len(found) == len(ours)
+    for one, other in zip(found, ours, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_bias_is_in_the_attention_and_not_in_the_scores(images: Tensor) -> None:
+    torch.manual_seed(0)
+    encoder = LikeBEiT()
+    scores = list(official.attention_maps(encoder, images, "all", "scores"))
+    softmax = list(official.attention_maps(encoder, images, "all", "softmax"))
+    assert len(scores) == len(softmax) == 2
+    for score, attention in zip(scores, softmax, strict=True):
+        torch.testing.assert_close((score + encoder.table).softmax(dim=-1), attention)
+
+
+# --- the calls -----------------------------------------------------------------------------------------------------
+
+
+def test_official_leaves_everything_alone(mae: LikeMAE, images: Tensor) -> None:
+    before = torch.get_rng_state()
+    names = set(vars(mae))
+    attached(mae, "--mask official")
+    set_epoch(mae, 1)
+    mask = torch.zeros(4, 64, dtype=torch.bool)
+    assert masks_for(mae, images, mask) is mask
+    assert saved_state(mae) == {}
+    load_state(mae, {"model": {}})
+    assert set(vars(mae)) == names
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mae_gets_the_mask_in_the_form_of_its_own(mae: LikeMAE, images: Tensor) -> None:
+    attached(mae, "--mask part")
+    set_epoch(mae, 2)
+    latent, mask, ids_restore = mae.forward_encoder(images, 0.75)
+    assert latent.shape == (4, 17, 24)
+    assert mask.dtype == torch.float32
+    assert mask.sum(dim=1).tolist() == [48.0] * 4
+    ids_keep, restore = mae_ids(mask.bool())
+    assert torch.equal(ids_restore, restore)
+    assert mask.gather(1, ids_keep).sum() == 0
+    latent.sum().backward()
+    assert all(value.grad is not None for value in mae.blocks.parameters())
+    assert mae.training
+
+
+def test_masks_come_in_shape_and_type_of_the_given(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.encoder = LikeBEiT()  # as SimMIM wraps its encoder
+    attached(model, upstream="beit")
+    for epoch in (0, 3):
+        set_epoch(model, epoch)
+        mask = masks_for(model, images, torch.zeros(4, 8, 8, dtype=torch.int64))
+        assert (mask.shape, mask.dtype) == ((4, 8, 8), torch.int64)
+        assert mask.flatten(1).sum(dim=1).tolist() == [20] * 4
+
+
+def test_gradients_survive_autocast_around_the_mask(mae: LikeMAE, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast keeps the weights that it cast; those cast without gradient must not reach the training pass."""
+    attached(mae, "--mask part")
+    set_epoch(mae, 2)
+    plain, during = official.attention_maps, []
+
+    def watched(*args: Any) -> Any:
+        during.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(), torch.is_grad_enabled()))
+        return plain(*args)
+
+    monkeypatch.setattr(official, "attention_maps", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        latent, _, _ = mae.forward_encoder(images, 0.75)
+        loss = latent.float().square().sum()
+    loss.backward()
+    assert during == [(True, False, False)]
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in mae.blocks[1].attn.qkv.parameters())
+
+
+def test_an_epoch_draws_the_same_whatever_came_before(mae: LikeMAE, images: Tensor) -> None:
+    attached(mae)
+    drawn = []
+    for before in (0, 3):
+        set_epoch(mae, 0)
+        for _ in range(before):
+            mae.forward_encoder(images, 0.75)
+            torch.rand(5), random.random(), np.random.rand()
+        set_epoch(mae, 2)
+        drawn.append((mae.forward_encoder(images, 0.75)[1], torch.rand(2), random.random(), np.random.rand()))
+    (mask, *numbers), (again, *same) = drawn
+    assert torch.equal(mask, again)
+    assert torch.equal(numbers[0], same[0])
+    assert numbers[1:] == same[1:]
+
+
+def test_epochs_and_ranks_draw_apart(mae: LikeMAE, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    attached(mae, "--mask random")
+    masks = []
+    for rank, epoch in ((0, 0), (0, 1), (1, 0)):
+        monkeypatch.setattr(official, "_rank", lambda rank=rank: rank)
+        set_epoch(mae, epoch)
+        masks.append(mae.forward_encoder(images, 0.75)[1])
+    assert not any(torch.equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_state_goes_through_a_checkpoint(mae: LikeMAE, images: Tensor, tmp_path: Path) -> None:
+    optimizer = attached(mae, "--recipe authors --ema_decay 0.5")
+    set_epoch(mae, 1)
+    mae.forward_encoder(images, 0.75)[0].sum().backward()
+    optimizer.step()
+    torch.save({"model": mae.state_dict(), **saved_state(mae)}, tmp_path / "checkpoint.pth")
+    again = LikeMAE(**TINY, **DECODER)
+    attached(again, "--recipe authors --ema_decay 0.5")
+    checkpoint = torch.load(tmp_path / "checkpoint.pth")
+    again.load_state_dict(checkpoint["model"])
+    load_state(again, checkpoint)
+    set_epoch(mae, 2)
+    set_epoch(again, 2)
+    assert torch.equal(mae.forward_encoder(images, 0.75)[1], again.forward_encoder(images, 0.75)[1])
+    average = official.RUNS[again].ema
+    assert average is not None
+    assert not torch.equal(average.model.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
+    assert mae.state_dict().keys() == LikeMAE(**TINY, **DECODER).state_dict().keys()
+
+
+def test_average_moves_with_the_optimiser_only(mae: LikeMAE) -> None:
+    optimizer = attached(mae, "--attention_from ema --ema_decay 0.5")
+    average = official.RUNS[mae].ema
+    assert average is not None
+    start = mae.cls_token.detach().clone()
+    assert torch.equal(average.model.cls_token, start)
+    mae.cls_token.grad = torch.ones_like(mae.cls_token)
+    optimizer.step()
+    torch.testing.assert_close(average.model.cls_token, (start + mae.cls_token.detach()) / 2)
+
+
+def test_a_checkpoint_without_masks_starts_the_average_from_its_weights(mae: LikeMAE) -> None:
+    attached(mae, "--attention_from ema")
+    with torch.no_grad():
+        mae.cls_token.add_(1)  # as loading weights does
+    load_state(mae, {"model": mae.state_dict()})
+    average = official.RUNS[mae].ema
+    assert average is not None
+    assert torch.equal(average.model.cls_token, mae.cls_token)
+
+
+def stopped(capsys: pytest.CaptureFixture[str], call: Callable[[], None]) -> str:
+    """The one line with which a call ends the script."""
+    with pytest.raises(SystemExit) as error:
+        call()
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gamma -1", "--gamma must be above 0, got -1.0"),
+        ("--layers what", "--layers must be"),
+        ("--alpha 2", "--alpha must be"),
+    ],
+)
+def test_bad_values_stop_before_anything_is_built(capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
+    assert message in stopped(capsys, lambda: check_arguments(arguments(flags)))
+
+
+def test_what_only_the_model_shows_is_one_line_too(mae: LikeMAE, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "K = 65 parts is above the N = 64" in stopped(capsys, lambda: attached(mae, "--num_parts 65"))
+    assert "Linear has no patch_embed" in stopped(capsys, lambda: attached(nn.Linear(2, 2)))
+    assert "mask_ratio must be inside" in stopped(capsys, lambda: attached(mae, mask_ratio=1.5))
+    attached(mae, "--gamma 2")
+    state = saved_state(mae)
+    attached(mae, "--gamma 3")
+    assert "other settings: gamma 2.0 -> 3.0" in stopped(capsys, lambda: load_state(mae, state))
+
+
+def test_simmim_keeps_the_choices_in_its_configuration() -> None:
+    class Node(dict):  # the part of a yacs configuration that is used
+        frozen = True
+        __getattr__ = dict.__getitem__
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name != "frozen" and self.frozen:
+                raise AttributeError(name)
+            super().__setattr__(name, value) if name == "frozen" else self.__setitem__(name, value)
+
+        def defrost(self) -> None:
+            self.frozen = False
+
+        def freeze(self) -> None:
+            self.frozen = True
+
+    config = Node(TRAIN=Node(EPOCHS=7), SEED=5, DATA=Node(MASK_RATIO=0.6), AMP_OPT_LEVEL="O1")
+    check_arguments(arguments("--mask official"), config)
+    assert official.READERS["simmim"](config).options == {"mask": "official"}
+    check_arguments(arguments("--gamma 3"), config)
+    wanted = official.READERS["simmim"](config)
+    assert wanted.options == {"gamma": 3.0}
+    assert (wanted.total_epochs, wanted.seed, wanted.count(196), wanted.autocast) == (7, 5, 117, torch.bfloat16)
+    config["AMP_OPT_LEVEL"] = "O0"
+    assert official.READERS["simmim"](config).autocast is None
+
+
+def test_small_models_get_their_official_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[dict[str, Any]] = []
+    theirs = types.ModuleType("models_of_theirs")
+    theirs.MaskedAutoencoderViT = lambda **sizes: built.append(sizes)
+    official.add_small_model(theirs)
+    first = theirs.mae_vit_small_patch16
+    official.add_small_model(theirs)
+    assert theirs.mae_vit_small_patch16 is first
+    first(norm_pix_loss=True)
+    assert (built[0]["embed_dim"], built[0]["depth"], built[0]["num_heads"], built[0]["norm_pix_loss"]) == (384, 12, 6, True)
+
+    other = types.ModuleType("more_models_of_theirs")
+    other.VisionTransformerForMaskedImageModeling = lambda **sizes: built.append(sizes)
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    official.add_small_model(other)
+    official.add_small_model(other)
+    from timm.models import create_model
+
+    create_model("beit_small_patch16_224_8k_vocab", init_values=0.1)
+    assert (built[1]["embed_dim"], built[1]["depth"], built[1]["num_heads"], built[1]["init_values"]) == (384, 12, 6, 0.1)
+
+
+# --- shims ---------------------------------------------------------------------------------------------------------
+
+SHIMS_TWICE = """
+import argparse, sys, warnings
+warnings.simplefilter("ignore")
+sys.argv += {argv!r}
+from common import official
+import numpy, timm, torch
+def watched():
+    import torch.distributed, torch.nn as nn
+    from timm.models.vision_transformer import Block
+    return [id(one) for one in (
+        torch.load, torch.cuda.synchronize, torch.cuda.set_device, torch.amp.GradScaler.state_dict, torch.Tensor.cuda,
+        nn.Module.cuda, nn.parallel.DistributedDataParallel.__init__, torch.distributed.init_process_group,
+        Block.__init__, timm.__version__, sys.modules.get("torch._six"), sys.modules.get("apex"),
+        vars(numpy).get("float"), vars(numpy).get("int"))] + sys.argv
+official.prepare({upstream!r})
+first = watched()
+official.prepare({upstream!r})
+assert watched() == first
+"""
+
+
+def shimmed(upstream: str, code: str = "", argv: tuple[str, ...] = (), **environment: str) -> list[str]:
+    """Words printed by `code` in a fresh process, after the shims of an upstream were applied twice."""
+    script = SHIMS_TWICE.format(upstream=upstream, argv=list(argv)) + code
+    plain = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_shims_of_mae(tmp_path: Path) -> None:
+    code = """
+from torch._six import inf
+from timm.models.vision_transformer import Block
+assert timm.__version__ == "0.3.2" and timm.__version__ == "0.4.12" and timm.__version__ != "0.3.1"
+assert not timm.__version__ != "0.3.2" and f"{timm.__version__}" == "0.4.12" and {"0.4.12": 1}[timm.__version__]
+Block(8, 2, 4.0, qkv_bias=True, qk_scale=None)
+try:
+    Block(8, 2, qk_scale=0.5)
+except TypeError as error:
+    print("refused")
+torch.cuda.synchronize()
+from torchvision.transforms import functional
+functional._get_image_size(torch.zeros(3, 4, 5))
+torch.save({"args": argparse.Namespace(lr=1.0)}, sys.argv[-1])
+print(inf, numpy.arange(2, dtype=numpy.float).dtype, torch.load(sys.argv[-1])["args"].lr, sys.argv[1], sys.argv[2])
+"""
+    printed = shimmed("mae", code, ("--local-rank=3", "--other", str(tmp_path / "checkpoint.pth")))
+    assert printed == ["refused", "inf", "float64", "1.0", "--local_rank=3", "--other"]
+
+
+def test_shims_of_beit() -> None:
+    code = """
+print(numpy.zeros(2, dtype=numpy.int).dtype, torch.amp.GradScaler("cuda").state_dict()["scale"])
+scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+print(len(scaler.state_dict()), scaler.state_dict()["scale"], "apex" in sys.modules)
+"""
+    assert shimmed("beit", code) == ["int64", "1.0", "5", "8.0", "False"]
+
+
+def test_shims_of_simmim_stay_on_the_cpu() -> None:
+    code = """
+from apex import amp
+from torch import nn
+torch.cuda.set_device(0)
+torch.distributed.init_process_group(backend="nccl", init_method="tcp://127.0.0.1:0", world_size=1, rank=0)
+model, optimizer = amp.initialize(nn.Linear(2, 1).cuda(), None, opt_level="O1")
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+wrapped = nn.parallel.DistributedDataParallel(model, device_ids=[0], broadcast_buffers=False)
+loss = wrapped(torch.ones(3, 2).cuda(non_blocking=True)).sum()
+with amp.scale_loss(loss, optimizer) as scaled:
+    scaled.backward()
+print(torch.distributed.get_backend(), len(list(amp.master_params(optimizer))), float(model.bias.grad), sys.argv[-1])
+"""
+    assert shimmed("simmim", code, LOCAL_RANK="0") == ["gloo", "2", "3.0", "--local_rank=0"]
+
+
+def test_simmim_checkpoints_cannot_run_code(tmp_path: Path) -> None:
+    code = """
+import os, pickle
+class Bad:
+    def __reduce__(self):
+        return os.system, ("echo ran",)
+torch.save({"config": Bad(), "model": torch.ones(1)}, sys.argv[1])
+try:
+    torch.load(sys.argv[1], map_location="cpu")
+except pickle.UnpicklingError as error:
+    print("refused", str(error).split()[0])
+torch.save({"model": {"w": torch.ones(1)}}, sys.argv[1])
+print(torch.load(sys.argv[1], map_location="cpu")["model"]["w"].item())
+"""
+    assert shimmed("simmim", code, (str(tmp_path / "bad.pth"), "--local_rank=0")) == ["refused", "posix.system", "1.0"]
+
+
+def test_with_a_gpu_the_cpu_shims_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from common import official_shims as shims
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.cuda.synchronize, torch.Tensor.cuda, torch.distributed.init_process_group, torch.amp.GradScaler.state_dict
+    for shim in (shims.shim_cuda_calls, shims.shim_cuda_only_script, shims.shim_loss_scale):
+        shim()
+    after = torch.cuda.synchronize, torch.Tensor.cuda, torch.distributed.init_process_group, torch.amp.GradScaler.state_dict
+    assert after == before

@@ -1,0 +1,147 @@
+"""Our model with the weights of the official one: how far apart loss and gradients are, for the same mask.
+
+    python official_parity.py UPSTREAM CONFIGS
+
+The current folder is the clone's folder of code, CONFIGS this project's patches/configs. Prints a JSON object:
+{size: {"loss": relative difference, "gradient": largest difference as a share of the tensor's largest gradient, ...}}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common import official
+from common.evolved_mask import select_masked
+
+LossOf = Callable[[Tensor], Tensor]
+BATCH, PATCHES, VOCABULARY = 2, 196, 8192
+
+
+@dataclass
+class Pair:
+    """The official model and ours with the same weights, and their losses for a mask."""
+
+    theirs: nn.Module
+    ours: nn.Module
+    official_loss: LossOf
+    our_loss: LossOf
+    num_masked: int
+
+    def __post_init__(self) -> None:
+        """Every weight is moved off its start, so that zeros and ones hide nothing; then copied, strictly."""
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for value in self.theirs.parameters():
+                if value.requires_grad:
+                    value.add_(torch.randn_like(value), alpha=0.02)
+        self.ours.load_state_dict(self.theirs.state_dict())
+        self.theirs.eval()
+        self.ours.eval()
+
+
+def images() -> Tensor:
+    return torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+
+
+def mae(size: str) -> Pair:
+    models = importlib.import_module("models_mae")
+    from mae_evolved.model import MODELS
+
+    official.add_small_model(models)
+    name = f"mae_vit_{size}_patch16"
+    theirs, ours = vars(models)[name](norm_pix_loss=True), MODELS[name]()
+
+    def official_loss(mask: Tensor) -> Tensor:
+        theirs.random_masking = lambda tokens, ratio: official.gather_visible(tokens, mask)
+        return theirs(images())[0]
+
+    return Pair(theirs, ours, official_loss, lambda mask: ours(images(), mask)[0], 147)
+
+
+def beit(size: str) -> Pair:
+    official.add_small_model(importlib.import_module("modeling_pretrain"))
+    from timm.models import create_model
+
+    from beit_evolved.model import MODELS
+
+    name = f"beit_{size}_patch16_224_8k_vocab"
+    theirs = create_model(name, use_shared_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1)
+    ours = MODELS[name]()
+    labels = torch.randint(VOCABULARY, (BATCH * 75,), generator=torch.Generator().manual_seed(3))
+
+    def loss_of(model: nn.Module) -> LossOf:
+        return lambda mask: functional.cross_entropy(model(images(), mask), labels)
+
+    return Pair(theirs, ours, loss_of(theirs), loss_of(ours), 75)
+
+
+def simmim(size: str) -> Pair:
+    from config import get_config
+    from models import build_model
+
+    from simmim_evolved.model import MODELS
+
+    files = {
+        "small": Path(sys.argv[2]) / "simmim_pretrain__vit_small__img224__200ep.yaml",
+        "base": Path("configs/vit_base__800ep/simmim_pretrain__vit_base__img224__800ep.yaml"),
+    }
+    options = type("Options", (), {"cfg": str(files[size]), "opts": None, "local_rank": 0})
+    theirs, ours = build_model(get_config(options)), MODELS[f"simmim_vit_{size}_patch16"]()
+    return Pair(
+        theirs,
+        ours,
+        lambda mask: theirs(images(), mask.reshape(BATCH, 14, 14).long()),
+        lambda mask: ours(images(), mask)[0],
+        117,
+    )
+
+
+def compare(pair: Pair) -> dict[str, Any]:
+    """Differences of loss and of all gradients for one mask; and, as a control, with another mask for our model."""
+    generator = torch.Generator().manual_seed(4)
+    mask, other = (select_masked(torch.rand(BATCH, PATCHES, generator=generator), pair.num_masked, generator) for _ in range(2))
+    expected, loss, control = pair.official_loss(mask), pair.our_loss(mask), pair.our_loss(other)
+    theirs = gradients(pair.theirs, expected)
+    return {
+        "loss": abs(float(loss) - float(expected)) / abs(float(expected)),
+        "gradient": furthest(theirs, gradients(pair.ours, loss)),
+        "gradient_control": furthest(theirs, gradients(pair.ours, control)),
+        "tensors": len(theirs),
+    }
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, values = zip(*[(name, value) for name, value in model.named_parameters() if value.requires_grad], strict=True)
+    found = torch.autograd.grad(loss, values, allow_unused=True)
+    return {name: one for name, one in zip(names, found, strict=True) if one is not None}
+
+
+def furthest(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
+    """Largest difference, as a share of the largest gradient of the same tensor."""
+    assert theirs.keys() == ours.keys()
+    return max(float((one - ours[name]).abs().max() / one.abs().max().clamp(min=1e-12)) for name, one in theirs.items())
+
+
+def main() -> None:
+    """See the module."""
+    torch.set_num_threads(1)
+    sys.path.insert(0, os.getcwd())
+    upstream = sys.argv[1]
+    official.prepare(upstream)
+    build = {"mae": mae, "beit": beit, "simmim": simmim}[upstream]
+    print(json.dumps({size: compare(build(size)) for size in ("small", "base")}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The patch files as they are, without any official code at hand."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import yaml
+
+from common import evolved_mask
+from patches.apply import HERE, Patch, parse_patch, read_patch, read_upstream, render
+
+NAMES = ("mae", "beit", "simmim")
+MOST_LINES = 25
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def patch(name: str) -> Patch:
+    return read_patch(read_upstream(name))
+
+
+def inserted(patch: Patch) -> list[str]:
+    return [line for hunks in patch.values() for hunk in hunks for line in hunk.lines]
+
+
+def test_insertions_only_and_few(name: str, patch: Patch) -> None:
+    text = (HERE / f"{name}.patch").read_text()
+    body = [line for line in text.splitlines() if not line.startswith(("diff --git ", "--- a/", "+++ b/", "@@ "))]
+    assert body
+    assert all(line.startswith("+") for line in body)
+    assert len(inserted(patch)) <= MOST_LINES
+
+
+def test_the_file_is_what_the_parser_understood(name: str, patch: Patch) -> None:
+    """No heading after @@ (git puts a line of the official file there), no index line, no fuzz."""
+    assert render(patch) == (HERE / f"{name}.patch").read_text()
+
+
+def test_every_block_parses_alone(patch: Patch) -> None:
+    """Whole statements, so that no official statement is split or continued."""
+    for hunks in patch.values():
+        for hunk in hunks:
+            assert ast.parse(textwrap.dedent("\n".join(hunk.lines))) is not None
+
+
+def test_inserted_code_is_calls_of_the_front_door(patch: Patch) -> None:
+    """Imports of evolved_mask, and calls of names that it has; no logic."""
+    used = set()
+    for line in filter(str.strip, inserted(patch)):
+        (statement,) = ast.parse(line.strip()).body
+        assert isinstance(statement, (ast.ImportFrom, ast.Expr, ast.Assign)), line
+        if isinstance(statement, ast.ImportFrom):
+            assert line == "from common import evolved_mask"
+        else:
+            used |= set(re.findall(r"evolved_mask\.(\w+)", line))
+            assert "evolved_mask." in line
+    assert used
+    assert used <= set(evolved_mask.PATCH_CALLS)
+
+
+def test_every_file_with_a_call_imports_the_front_door_first(patch: Patch) -> None:
+    for path, hunks in patch.items():
+        assert hunks[0].lines[0] == "from common import evolved_mask", path
+
+
+def test_calls_exist_and_nothing_else_does() -> None:
+    for call in evolved_mask.PATCH_CALLS:
+        assert callable(getattr(evolved_mask, call))
+    with pytest.raises(AttributeError, match="no_such_call"):
+        _ = evolved_mask.no_such_call
+
+
+def test_every_call_is_inserted_somewhere() -> None:
+    """The front door promises no call that no patch needs."""
+    text = "".join((HERE / f"{name}.patch").read_text() for name in NAMES)
+    assert set(re.findall(r"evolved_mask\.(\w+)", text)) == set(evolved_mask.PATCH_CALLS)
+
+
+def test_pins_are_whole(name: str) -> None:
+    upstream = read_upstream(name)
+    assert re.fullmatch("[0-9a-f]{40}", upstream.commit)
+    assert all(re.fullmatch("[0-9a-f]{40}", blob) for blob in upstream.blobs.values())
+    assert upstream.url.startswith("https://github.com/")
+    assert upstream.licence
+    assert all(upstream.folder == "." or path.startswith(f"{upstream.folder}/") for path in upstream.blobs)
+
+
+def test_small_model_of_simmim_is_that_of_the_paper() -> None:
+    (file,) = (HERE / "configs").glob("*.yaml")
+    config = yaml.safe_load(file.read_text())
+    assert config["MODEL"]["VIT"] == {"EMBED_DIM": 384, "DEPTH": 12, "NUM_HEADS": 6}
+    assert config["TAG"] == file.stem
+    train = config["TRAIN"]
+    assert (train["EPOCHS"], train["LR_SCHEDULER"]["MULTISTEPS"]) == (200, [175])
+    assert all(isinstance(train[key], float) for key in ("BASE_LR", "WARMUP_LR"))  # yaml reads 1e-4 as a string
+
+
+def test_flags_of_the_mask_are_all_there() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    evolved_mask.add_arguments(parser)
+    assert vars(parser.parse_args([])) == {}
+    given = parser.parse_args(["--mask", "official", "--recipe", "authors", "--gamma", "3", "--no_shortcut", "--layers", "0,5"])
+    assert vars(given) == {"mask": "official", "recipe": "authors", "gamma": 3.0, "shortcut": False, "layers": "0,5"}
+    assert "official" in parser.format_help()
+
+
+HEAD = "diff --git a/f.py b/f.py\n--- a/f.py\n+++ b/f.py\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("@@ -1 +0,0 @@\n-gone\n", "may only insert"),
+        ("@@ -1,0 +2 @@\n-gone\n", "may only insert"),
+        ("@@ -1,0 +2,2 @@\n+mine\n context\n", "may only insert"),
+        ("@@ -1,2 +1,3 @@\n context\n+mine\n context\n", "may only insert"),
+        ("@@ -1,0 +2 @@ def of_theirs():\n+mine\n", "may only insert"),
+        ("@@ -1,0 +2 @@\n+mine\n+too many\n", "may only insert"),
+        ("@@ -5,0 +6 @@\n+mine\n@@ -2,0 +4 @@\n+mine\n", "out of order"),
+        ("@@ -5,0 +9 @@\n+mine\n", "do not fit"),
+        ("@@ -5,0 +6,2 @@\n+mine\n", "incomplete"),
+        ("", "incomplete"),
+    ],
+)
+def test_other_patches_are_refused(body: str, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        parse_patch(HEAD + body, "bad.patch")
+
+
+def test_the_front_door_stays_light() -> None:
+    """Importing the method imports no command line and no timm; the calls bring them on first use."""
+    code = "import sys; from common import evolved_mask; print([n for n in ('common.official', 'timm') if n in sys.modules])"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True).stdout.strip() == "[]"
