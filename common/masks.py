@@ -190,8 +190,14 @@ def mae_ids(mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ids_keep: int64 [B, N - m], positions of the visible patches in raster order.
         ids_restore: int64 [B, N], for each patch its place in the sequence (visible patches, then masked ones).
+
+    Raises:
+        ValueError: rows of different counts, which MAE cannot batch.
     """
-    visible = mask.shape[1] - int(mask[0].sum())
+    least, most = torch.stack(mask.sum(dim=1).aminmax()).tolist()  # one wait for the GPU
+    if least != most:
+        raise ValueError(f"MAE needs the same number of masked patches in every image, got {least} to {most}")
+    visible = mask.shape[1] - most
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)
     return order[:, :visible], order.argsort(dim=1)
 

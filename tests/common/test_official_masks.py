@@ -12,8 +12,10 @@ from hypothesis import strategies as some
 from beit_evolved.run_beit_pretraining import BEiTConfig
 from common.evolved_mask import EvolvedMask
 from common.mask_config import MaskConfig
-from common.masks import BLOCK_DRAWS, count_masked_units, official_block_draws, official_block_masks, unit_masks
+from common.masks import BLOCK_DRAWS, count_masked_units, mae_ids, official_block_draws, official_block_masks, unit_masks
 from common.training.config import parse_arguments
+from common.training.errors import BadInput
+from mae_evolved import main_pretrain
 from mae_evolved.main_pretrain import MAEConfig
 from simmim_evolved.main_simmim import SimMIMConfig
 
@@ -116,6 +118,15 @@ def test_what_cannot_be_made_is_refused() -> None:
         count_masked_units(14, 14, 1.0, 2)
     with pytest.raises(ValueError, match="not a multiple"):
         unit_masks(4, 4, 6, 2, torch.rand(1, 4))
+
+
+def test_mae_refuses_uneven_masks() -> None:
+    """In the trainer by name, before anything is built, and in the form that MAE gathers by."""
+    uneven = torch.tensor([[True, False, True], [True, False, False]])
+    with pytest.raises(ValueError, match="same number of masked patches in every image, got 1 to 2"):
+        mae_ids(uneven)
+    with pytest.raises(BadInput, match="--mask block-official may mask fewer patches in some images"):
+        main_pretrain.main(["--mask", "block-official", "--dataset", "photos", "--device", "cpu"])
 
 
 @pytest.mark.parametrize(
