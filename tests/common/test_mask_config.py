@@ -22,6 +22,7 @@ PAPER = {
     "alpha_offset": 0,
     "schedule_epochs": None,
     "num_parts": None,
+    "mask_unit": 2,
     "parts_start": 40,
     "parts_end": 10,
     "parts_rounding": "nearest",
