@@ -123,7 +123,7 @@ class Touch:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code", "ignore:Detected pickle protocol 4")
 def test_evil_pickles_are_refused_and_not_run(dalle: Encoder, tmp_path: Path) -> None:
     """Alone, hidden in a module's attributes, or as a plain pickle: one line names what was asked for; nothing runs."""
     trace = tmp_path / "was-here"

@@ -114,10 +114,12 @@ def test_words(name):
 def test_all_words_are_options():
     """Every option that names its words is checked."""
     assert {name: words for name, words in WORDS.items() if name in ("mask", "direction", "ties")} == {
-        "mask": ("evolved", "part", "grid", "random", "block", "grid-to-block"),
+        "mask": (
+            "evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official", "official",
+        ),
         "direction": ("row", "column", "symmetric"),
         "ties": ("random", "raster"),
-    }
+    }  # fmt: skip
     assert set(WORDS) == {name for name, value in PAPER.items() if isinstance(value, str)} - {"layers"}
 
 
