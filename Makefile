@@ -35,8 +35,8 @@ demo-beit: $(VENV)/.demo  ## train a small tokenizer, then a small BEiT with evo
 demo-simmim: $(VENV)/.demo  ## pre-train a small SimMIM with evolved masks on photographs (CPU, minutes)
 	$(RUN) -m simmim_evolved.main_simmim --config simmim_evolved/recipes/demo.toml --resume none --output_dir output/demo_simmim
 
-test: $(VENV)/.dev  ## all tests
-	$(RUN) -m pytest -q
+test: $(VENV)/.dev  ## all tests, on all cores
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
 
 test-upstream: $(VENV)/.upstream  ## tests against clones: UPSTREAM_MAE=PATH UPSTREAM_BEIT=PATH UPSTREAM_SIMMIM=PATH
 	$(RUN) -m pytest -q tests/patches

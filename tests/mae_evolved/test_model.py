@@ -160,7 +160,7 @@ def test_loss_by_hand(small: MaskedAutoencoder) -> None:
             row, column = divmod(patch, 7)
             pixels = images[image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].permute(1, 2, 0).flatten()
             target = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
-            total += float((prediction[image, patch] - target).square().mean())
+            total += (prediction[image, patch] - target).square().mean().item()
             count += 1
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
 

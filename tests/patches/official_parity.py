@@ -136,6 +136,7 @@ def furthest(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
 def main() -> None:
     """See the module."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     sys.path.insert(0, os.getcwd())
     upstream = sys.argv[1]
     official.prepare(upstream)
