@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.attention import Layers, Values, stream_attention
+from common.model_names import patch_grid
 from common.relative_position import BiasedBlock, LayerNorm, RelativePositionBias
 from common.timm_layers import PatchEmbed, trunc_normal_
 
@@ -50,9 +51,7 @@ class MaskTokenEncoder(nn.Module):
         layer_scale: float = 0.1,
     ) -> None:
         super().__init__()
-        if any(size % patch_size or size < patch_size for size in input_size):
-            raise ValueError(f"input_size {input_size[0]}x{input_size[1]} is not divisible by the patch size {patch_size}")
-        self.grid_size = (input_size[0] // patch_size, input_size[1] // patch_size)
+        self.grid_size = patch_grid(input_size, patch_size)
         self.patch_size, self.width = patch_size, width
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))

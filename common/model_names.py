@@ -1,4 +1,4 @@
-"""What the name of a model says."""
+"""What the name of a model says, and the patch grid of its images."""
 
 from __future__ import annotations
 
@@ -11,3 +11,15 @@ def patch_size_of(name: str) -> int:
     if not found:
         raise ValueError(f"model name {name!r} states no patch size")
     return int(found[1])
+
+
+def patch_grid(input_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(H, W) of the patch grid of images of (height, width) pixels.
+
+    Raises:
+        ValueError: an input size that the patch size does not divide.
+    """
+    height, width = input_size
+    if min(input_size) < patch_size or height % patch_size or width % patch_size:
+        raise ValueError(f"input_size {height}x{width} is not divisible by the patch size {patch_size}")
+    return height // patch_size, width // patch_size

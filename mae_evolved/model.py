@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.attention import Layers, Values, stream_attention
 from common.masks import mae_ids
+from common.model_names import patch_grid
 from common.model_names import patch_size_of as patch_size_of
 from common.timm_layers import Block, PatchEmbed
 
@@ -56,9 +57,7 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: bool = True,
     ) -> None:
         super().__init__()
-        if any(size % patch_size or size < patch_size for size in input_size):
-            raise ValueError(f"input_size {input_size[0]}x{input_size[1]} is not divisible by the patch size {patch_size}")
-        self.grid_size = (input_size[0] // patch_size, input_size[1] // patch_size)
+        self.grid_size = patch_grid(input_size, patch_size)
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
         tokens = self.grid_size[0] * self.grid_size[1] + 1
 
