@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,19 @@ def run_module(arguments: str, **environment: str) -> subprocess.CompletedProces
         timeout=300,
         check=False,
     )
+
+
+def free_ports(count: int = 4) -> int:
+    """The first of `count` free ports in a row, below the range that the system gives out by itself."""
+    for base in range(20000 + os.getpid() % 600 * 16, 32000, 16):
+        try:
+            for port in range(base, base + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return base
+    raise RuntimeError("no free ports")
 
 
 def read_log(output: Path) -> list[dict[str, object]]:

@@ -15,10 +15,9 @@ from common.training import engine
 from common.training.checkpoint import LAST
 from mae_evolved.model import MaskedAutoencoder
 from simmim_evolved.model import SimMIM, masked_l1
-from tests.conftest import assert_same, read_log, run_module
+from tests.conftest import assert_same, free_ports, read_log, run_module
 from tests.methods import MAINS, flags, shallow_models
 
-PORT = 29561
 SIZES = {"input_size": (8, 12), "patch_size": 4, "width": 24, "depth": 2, "heads": 2}
 
 
@@ -97,7 +96,7 @@ def test_two_processes_equal_one(image_folder: Path, tmp_path: Path) -> None:
     commands = [
         f"{flags(method, image_folder, tmp_path)} --epochs 3 {'' if method == 'mae' else '--drop_path 0'}" for method in MAINS
     ]
-    launch = f"torch.distributed.run --nproc_per_node 2 --master_port {PORT} -m"
+    launch = f"torch.distributed.run --nproc_per_node 2 --master_port {free_ports()} -m"
     for name, start, batch in (("one", "", 4), ("two", launch, 2)):
         file = tmp_path / f"{name}.txt"
         runs = zip(MAINS, commands, strict=True)

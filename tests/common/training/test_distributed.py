@@ -10,9 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.training.checkpoint import LAST
-from tests.conftest import TINY, read_log, run_module
-
-PORT = 29541
+from tests.conftest import TINY, free_ports, read_log, run_module
 
 
 def step_losses(output: Path) -> list[float]:
@@ -26,7 +24,7 @@ def test_two_processes_equal_one(image_folder: Path, tmp_path: Path) -> None:
     flags = f"{TINY} --data_path {image_folder} --accum_iter 2 --num_workers 1"
     one = run_module(f"mae_evolved.main_pretrain {flags} --batch_size 4 --output_dir {tmp_path}/one")
     assert one.returncode == 0, one.stderr
-    launch = f"torch.distributed.run --nproc_per_node 2 --master_port {PORT} -m mae_evolved.main_pretrain"
+    launch = f"torch.distributed.run --nproc_per_node 2 --master_port {free_ports()} -m mae_evolved.main_pretrain"
     two = run_module(f"{launch} {flags} --batch_size 2 --output_dir {tmp_path}/two")
     assert two.returncode == 0, two.stderr
     first, second = step_losses(tmp_path / "one"), step_losses(tmp_path / "two")
@@ -44,7 +42,7 @@ def test_bad_input_of_one_rank_ends_all(image_folder: Path, tmp_path: Path) -> N
     """An unreadable image that only one rank meets ends the job, with its name, and without a traceback of ours."""
     broken = image_folder / "train" / "cat" / "image_05.jpg"
     broken.write_bytes(b"not an image")
-    launch = f"torch.distributed.run --nproc_per_node 2 --master_port {PORT + 1} -m mae_evolved.main_pretrain"
+    launch = f"torch.distributed.run --nproc_per_node 2 --master_port {free_ports()} -m mae_evolved.main_pretrain"
     run = run_module(f"{launch} {TINY} --data_path {image_folder} --output_dir {tmp_path}/two")
     assert run.returncode != 0
     assert re.search(r"main_pretrain: error: unreadable image .*image_05.jpg", run.stderr)
