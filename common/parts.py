@@ -179,14 +179,14 @@ def _expectation_maximisation(
     reseeded = [torch.zeros(batch, dtype=torch.bool, device=rows.device)]
     for step in range(iterations + 1):
         joint = density.log_joint()  # log(pi_k p_k(v_i)), [B, N, K]
-        evidence = joint.logsumexp(dim=2)  # [B, N]
+        posteriors = joint.softmax(dim=2)  # Eq. 12
+        evidence = joint.amax(dim=2) - posteriors.amax(dim=2).log()  # log-sum-exp of joint over the parts, [B, N]
         log_likelihood.append(evidence.sum(dim=1))
-        posteriors = (joint - evidence[..., None]).exp()
         if step == iterations:
             break
         density.maximise(posteriors)
         empty = posteriors.sum(dim=1) < _EMPTY  # [B, K]
-        if reseed_empty:
+        if reseed_empty and _some_may_be(empty):
             density.reseed(empty, _worst_explained(rows, evidence, empty))
         reseeded.append(empty.any(dim=1) & reseed_empty)
     return PartsFit(
@@ -201,6 +201,11 @@ def _expectation_maximisation(
         center=center,
         scale=scale,
     )
+
+
+def _some_may_be(empty: Tensor) -> bool:
+    """False where surely no part is empty. Only the CPU looks: elsewhere a look would be a synchronisation."""
+    return empty.device.type != "cpu" or bool(empty.any())
 
 
 def _worst_explained(rows: Tensor, evidence: Tensor, empty: Tensor) -> Tensor:
@@ -276,9 +281,9 @@ class DiagonalGaussian(_Gaussian):
     def maximise(self, posteriors: Tensor) -> None:
         counts = posteriors.sum(dim=1)
         self.weights = counts / counts.sum(dim=1, keepdim=True)
-        moments = posteriors.transpose(1, 2) @ self.squares_and_rows / counts.clamp(min=_TINY)[..., None]
+        moments = (posteriors.transpose(1, 2) @ self.squares_and_rows).div_(counts.clamp(min=_TINY)[..., None])
         second, self.means = moments.chunk(2, dim=2)
-        self.variances = (second - self.means.square()).clamp(min=self.floor)
+        self.variances = torch.addcmul(second, self.means, self.means, value=-1).clamp_(min=self.floor)
 
     def log_joint(self) -> Tensor:
         precision = self.variances.reciprocal()
