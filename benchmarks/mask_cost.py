@@ -403,6 +403,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_train", type=int, default=16, help="images of a training micro-batch (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns over all stages after the warm-up (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch and scikit-learn (default: torch's own choice)")
     parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the network (default %(default)s)")
     return parser.parse_args(argv)
 
@@ -428,6 +429,8 @@ def spared_share(work: Workload, args: argparse.Namespace) -> float:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark, prints it and returns its numbers."""
     args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     work = build(args, device)
     stages = work.stages() | sklearn_stages(work)
