@@ -118,6 +118,11 @@ class MaskPictures:
         ]
         return (np.concatenate(rows) * 255).round().astype(np.uint8)
 
+    def forget(self) -> None:
+        """Removes the snapshots of an earlier run in the same folder, which are not this run's evolution."""
+        for path in self.folder.glob("epoch_*.npz"):
+            path.unlink()
+
     def compose(self) -> Path | None:
         """Figure of all snapshots, `evolution.png`; None without snapshots or without matplotlib."""
         files = sorted(self.folder.glob("epoch_*.npz"))

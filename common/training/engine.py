@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.attention import Layers, Values, attention_mode
 from common.draws import Stream, hash_seed
-from common.evolved_mask import EvolvedMask, MaskBatch
+from common.evolved_mask import AttentionFn, EvolvedMask, MaskBatch
 from common.mask_config import MaskConfig
 from common.training.checkpoint import (
     LAST,
@@ -38,7 +38,7 @@ from common.training.errors import BadInput, NonFiniteLoss
 from common.training.optim import EncoderEMA, absolute_lr, lr_at, make_optimizer
 from common.training.runlog import RunLog, progress, run_facts
 from common.training.sources import open_source
-from common.training.stopwatch import Stopwatch
+from common.training.stopwatch import PHASES, Stopwatch
 from common.visualize import MaskPictures
 
 BEFORE_FAILURE = "checkpoint-before-nonfinite.pth"
@@ -197,6 +197,8 @@ class Pretraining:
     def run(self) -> None:
         """Trains the epochs that are left."""
         self._announce()
+        if self.resumed_from is None and self.processes.is_main:
+            self.pictures.forget()
         loader = make_loader(self.samples, self.batches, self.config, self.processes)
         for epoch in range(self.first_epoch, self.config.epochs):
             if self.first_update == 0:
@@ -243,7 +245,8 @@ class Pretraining:
             names.append(batch.names)
             bad += batch.bad
             skipped += masks.skipped.sum()
-        norm = self._gradient_norm()
+        total_norm = self._gradient_norm()
+        norm = float(total_norm)
         sums = torch.tensor([float(torch.stack(losses).mean()), int(skipped), len(bad)], dtype=torch.float64, device=self.device)
         loss_sum, skipped_sum, bad_sum = self.processes.sum(sums).tolist()
         loss = loss_sum / self.processes.world
@@ -251,7 +254,7 @@ class Pretraining:
             self._stop_unreadable(bad)
         if not math.isfinite(loss) or (self.precision != torch.float16 and not math.isfinite(norm)):
             self._stop_nonfinite(epoch, update, losses, names, loss, norm)
-        self._step()
+        self._step(total_norm)
         watch.lap("model")
         watch.settle()
         self._count(epoch, update, loss, norm, lr, skipped_sum, bad_sum)
@@ -263,12 +266,16 @@ class Pretraining:
         return batch.to(self.device)
 
     def _make_mask(self, batch: Batch) -> MaskBatch:
-        source = self.ema.model if self.ema is not None else self.model
-        with attention_mode(source, self.mask_config.attention_mode), self._autocast():
-            return self.mask(batch.images, lambda images: self._attention(source, images), batch.sample_ids)
+        with self._attention_pass() as attention_fn:
+            return self.mask(batch.images, attention_fn, batch.sample_ids)
 
-    def _attention(self, source: Any, images: Tensor) -> Iterable[Tensor]:
-        return source.attention_maps(images, self.mask_config.chosen_layers, self.mask_config.attention_values)
+    @contextlib.contextmanager
+    def _attention_pass(self) -> Iterator[AttentionFn]:
+        """Attention of the encoder that the masks are made from, in the mode and precision of the attention pass."""
+        source: Any = self.ema.model if self.ema is not None else self.model
+        layers, values = self.mask_config.chosen_layers, self.mask_config.attention_values
+        with attention_mode(source, self.mask_config.attention_mode), self._autocast():
+            yield lambda images: source.attention_maps(images, layers, values)
 
     def _backward(self, batch: Batch, mask: Tensor, last: bool) -> Tensor:
         """Adds this batch's gradient; ranks exchange gradients on the last accumulation step only."""
@@ -279,14 +286,14 @@ class Pretraining:
             self.scaler.scale(loss / self.config.accum_iter).backward()  # type: ignore[no-untyped-call]
         return loss.detach().float()
 
-    def _gradient_norm(self) -> float:
+    def _gradient_norm(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         gradients = [value.grad for value in self.model.parameters() if value.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return torch.nn.utils.get_total_norm(gradients)
 
-    def _step(self) -> None:
+    def _step(self, norm: Tensor) -> None:
         if self.config.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_grad, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -311,19 +318,16 @@ class Pretraining:
             self.log.scalar(f"train/{key}", value, number)
 
     def _postfix(self, watch: Stopwatch) -> str:
-        total = max(sum(watch.seconds.values()), 1e-9)
         trained = self.meters["updates"] - self.first_update
-        shares = " ".join(f"{phase} {watch.seconds[phase] / total:.0%}" for phase in ("data", "mask", "model"))
-        rate = trained * self.batches.effective_batch / total
+        rate = trained * self.batches.effective_batch / watch.total
         loss = self.meters["loss"] / self.meters["updates"]
-        return f"loss {loss:.4f}, {rate:.0f} img/s ({shares}), alpha {self.mask.alpha:.2f}, K {self.mask.num_parts}"
+        return f"loss {loss:.4f}, {rate:.0f} img/s ({watch.shares()}), alpha {self.mask.alpha:.2f}, K {self.mask.num_parts}"
 
     def _end_epoch(self, epoch: int, watch: Stopwatch) -> None:
         """Log line first, then the checkpoint: a run cut off between them writes the line again."""
         updates = self.meters["updates"]
         images = updates * self.batches.effective_batch
         here = (updates - self.first_update) * self.batches.effective_batch
-        total = sum(watch.seconds.values())
         line = {
             "epoch": epoch,
             "train_loss": self.meters["loss"] / updates,
@@ -335,13 +339,13 @@ class Pretraining:
             "skipped_attention": self.meters["skipped_attention"] / images,
             "bad_images": int(self.meters["bad_images"]),
             "images": int(images),
-            "images_per_second": here / max(total, 1e-9),
-            "seconds": {phase: round(watch.seconds[phase], 3) for phase in ("data", "mask", "model")},
+            "images_per_second": here / watch.total,
+            "seconds": {phase: round(watch.seconds[phase], 3) for phase in PHASES},
         }
         self.log.epoch(line, (epoch + 1) * self.batches.updates)
         self.log.say(
             f"epoch {epoch + 1}/{self.config.epochs}  loss {line['train_loss']:.4f}  {line['images_per_second']:.0f} img/s "
-            f"({' '.join(f'{phase} {watch.seconds[phase] / max(total, 1e-9):.0%}' for phase in ('data', 'mask', 'model'))})  "
+            f"({watch.shares()})  "
             f"alpha {self.mask.alpha:.3f}  K {self.mask.num_parts}  spared attention passes {line['skipped_attention']:.0%}"
             + (f"  unreadable images {line['bad_images']}" if line["bad_images"] else "")
         )
@@ -401,9 +405,8 @@ class Pretraining:
         wanted = {round(self.config.epochs * i / max(times - 1, 1)) for i in range(times)}
         if not (self.processes.is_main and epoch in wanted and self.config.picture_images):
             return
-        source = self.ema.model if self.ema is not None else self.model
-        with attention_mode(source, self.mask_config.attention_mode), self._autocast():
-            sheet = self.pictures.take(epoch, self.device, lambda images: self._attention(source, images))
+        with self._attention_pass() as attention_fn:
+            sheet = self.pictures.take(epoch, self.device, attention_fn)
         self.log.image("parts_and_masks", sheet, epoch * self.batches.updates)
 
     def _announce(self) -> None:

@@ -7,6 +7,8 @@ from collections import defaultdict
 
 import torch
 
+PHASES = ("data", "mask", "model")
+
 
 class Stopwatch:
     """Each call of :meth:`lap` gives the time since the last one to a phase.
@@ -41,6 +43,15 @@ class Stopwatch:
             last.synchronize()
             self.seconds[phase] += first.elapsed_time(last) / 1000
         self._pending.clear()
+
+    @property
+    def total(self) -> float:
+        """Seconds of all phases together, never 0."""
+        return max(sum(self.seconds.values()), 1e-9)
+
+    def shares(self) -> str:
+        """The phases as shares of their sum, for people."""
+        return " ".join(f"{phase} {self.seconds[phase] / self.total:.0%}" for phase in PHASES)
 
     def _mark(self) -> torch.cuda.Event | None:
         if not self.on_gpu:

@@ -185,6 +185,13 @@ def test_run_describes_itself(train: Train) -> None:
     assert len(json.loads((output / "run.json").read_text())["resumed"]) == 1
 
 
+def test_a_new_run_forgets_the_pictures_of_an_old_one(train: Train) -> None:
+    """evolution.png shows one run: started anew in the same folder, only the new run's epochs are there."""
+    train("run", "--picture_epochs 3")
+    output = train("run", "--picture_epochs 2 --epochs 3 --resume none")
+    assert sorted(path.name for path in (output / "masks").glob("*.npz")) == ["epoch_0000.npz", "epoch_0003.npz"]
+
+
 def test_tensorboard_has_scalars_and_pictures(train: Train) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
