@@ -24,6 +24,7 @@ from common.training.config import RunConfig, option, parse_flags, with_default
 from common.training.data import Batch, RankBatches, Samples, colour_transform, make_loader
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput, NonFiniteLoss, run_cli
+from common.training.interrupt import Interrupted, Interruption
 from common.training.optim import absolute_lr, lr_at, make_optimizer
 from common.training.runlog import RunLog, progress, run_facts
 from common.training.sources import open_source
@@ -144,8 +145,11 @@ class TokenizerTraining:
         )  # fmt: skip
         self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates)
         loader = make_loader(self.samples, self.batches, self.config, self.processes)
-        for epoch in range(self.first_epoch, self.config.epochs):
-            self._train_epoch(epoch, loader)
+        with Interruption() as interruption:
+            for epoch in range(self.first_epoch, self.config.epochs):
+                self._train_epoch(epoch, loader)
+                if interruption.requested and epoch + 1 < self.config.epochs:
+                    raise Interrupted(f"asked to stop; saved {self.config.output_dir} after epoch {epoch + 1}")
         self.log.close()
         folder = Path(self.config.output_dir)
         self.log.say(f"tokenizer    {folder / OWN_FILE}")
@@ -227,7 +231,7 @@ class TokenizerTraining:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
     config = parse_flags(TokenizerConfig, PROGRAM, DESCRIPTION, argv)
-    processes = start_processes(config.device)
+    processes = start_processes(config.device, config.dist_timeout)
     try:
         if processes.world > 1:
             raise BadInput(f"the tokenizer trains in one process, not in {processes.world}")

@@ -96,11 +96,13 @@ class RunConfig:
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="run")
     seed: int = option(0, "of weights, order, crops and masks", group="run")
+    dist_timeout: float = option(30, "minutes that a rank waits for the others before it stops with an error", group="run")
 
     def __post_init__(self) -> None:
         self._at_least(1, "batch_size", "accum_iter", "epochs", "repeat", "blr_batch")
         self._at_least(0, "blr", "min_lr", "warmup_epochs", "weight_decay", "seed", "lr_gamma")
         self._at_least(-1, "num_workers")
+        self._require("dist_timeout", 0 < self.dist_timeout < math.inf, "must be above 0")
         for name in ("lr", "clip_grad"):
             value = getattr(self, name)
             self._require(name, value is None or (value > 0 and math.isfinite(value)), "must be above 0")

@@ -26,6 +26,7 @@ from common.draws import Stream, hash_seed
 from common.training.config import RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput
+from common.training.interrupt import shield_worker
 from common.training.sources import ImageSource
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -184,6 +185,7 @@ def make_loader(samples: Samples, batches: RankBatches, config: RunConfig, proce
         collate_fn=collate,
         pin_memory=config.pin_mem and processes.device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=shield_worker,
     )
 
 
@@ -191,6 +193,8 @@ def count_workers(asked: int) -> int:
     """--num_workers, or this rank's share of the usable cores, at most 10."""
     if asked >= 0:
         return asked
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
+        return min(10, int(os.environ["SLURM_CPUS_PER_TASK"]))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(10, len(os.sched_getaffinity(0)) // ranks)
 

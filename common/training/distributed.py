@@ -1,8 +1,10 @@
-"""Processes of a run: found from torchrun's environment, or one process without it."""
+"""Processes of a run: found from the environment of torchrun or of a Slurm step, or one process without it."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from common.training.errors import BadInput
 
-TIMEOUT = timedelta(minutes=30)
+SLURM_PORTS = range(20000, 30000)
+"""Where the rendezvous of a Slurm job listens unless MASTER_PORT says otherwise: one of these, by the job's number."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,69 @@ class Processes:
             dist.destroy_process_group()
 
 
-def start_processes(device: str) -> Processes:
-    """Joins the process group (nccl on GPUs, gloo on CPUs) that torchrun's environment describes.
+def start_processes(device: str, timeout_minutes: float = 30) -> Processes:
+    """Joins the process group (nccl on GPUs, gloo on CPUs) that the environment describes.
+
+    The first that applies:
+
+    1. RANK and WORLD_SIZE are set (torchrun, submitit's export): those.
+    2. This is one task of a Slurm step with more than one (srun): its task number, and the first node as the meeting
+       point; MASTER_ADDR and MASTER_PORT may say otherwise.
+    3. One process.
+
+    Args:
+        timeout_minutes: how long a rank waits for the others before it stops with an error.
 
     Raises:
         BadInput: a device that is not there.
     """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        os.environ.update(slurm_environment(os.environ))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
     return Processes(rank, world, local_rank, chosen)
+
+
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for one task of a Slurm step, from Slurm's own.
+
+    Raises:
+        BadInput: a node list that scontrol cannot expand.
+    """
+    port = SLURM_PORTS[int(environment["SLURM_JOB_ID"]) % len(SLURM_PORTS)]
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": _tasks_on_node(environment),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+    }
+    return {**found, "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_node(environment)}
+
+
+def _tasks_on_node(environment: Mapping[str, str]) -> str:
+    """Tasks of the step on this node, from a list such as `4(x2),3` (a count, and for how many nodes it stands)."""
+    counts: list[str] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, times = part.partition("(x")
+        counts += [count] * int(times.rstrip(")") or 1)
+    return counts[int(environment.get("SLURM_NODEID", "0"))]
+
+
+def _first_node(environment: Mapping[str, str]) -> str:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BadInput(f"cannot expand the node list {nodes}: {error}; set MASTER_ADDR to the first node") from None
+    return hosts.stdout.split()[0]
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -82,7 +134,8 @@ def _device(name: str, local_rank: int) -> torch.device:
         raise BadInput(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        own = 0 if count == 1 and "SLURM_STEP_NUM_TASKS" in os.environ else local_rank  # --gpus-per-task shows each its own
+        device = torch.device("cuda", own if device.index is None else device.index)
         if not device.index < count:
             raise BadInput(f"--device {name}: {device} is not there, this machine has {count} CUDA devices")
     elif device.type != "cpu":

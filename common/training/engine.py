@@ -35,6 +35,7 @@ from common.training.config import TrainConfig
 from common.training.data import Batch, RankBatches, Samples, Transform, denormalise, make_loader
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput, NonFiniteLoss
+from common.training.interrupt import Interrupted, Interruption
 from common.training.optim import EncoderEMA, absolute_lr, lr_at, make_optimizer
 from common.training.runlog import RunLog, progress, run_facts
 from common.training.sources import open_source
@@ -100,7 +101,7 @@ def pretrain(config: TrainConfig, mask_config: MaskConfig, grid_size: tuple[int,
     """
     mask = _make_mask(config, mask_config, grid_size)
     source = open_source(config)
-    processes = start_processes(config.device)
+    processes = start_processes(config.device, config.dist_timeout)
     try:
         batches = RankBatches(len(source) * config.repeat, config, processes)
         torch.manual_seed(config.seed)  # the same weights on every rank
@@ -151,6 +152,7 @@ class Pretraining:
         self.ema: EncoderEMA | None = None
         self.first_epoch = self.first_update = 0
         self.meters: dict[str, float] = {}
+        self.interruption, self.asked_to_stop = Interruption(), False
         self.resumed_from = find_resume(config)
         self._load()
         self.trained = self._wrapped()
@@ -195,7 +197,15 @@ class Pretraining:
     # --- the loop ---
 
     def run(self) -> None:
-        """Trains the epochs that are left."""
+        """Trains the epochs that are left.
+
+        Raises:
+            Interrupted: a rank got a signal to stop (common/training/interrupt.py), and the state is saved.
+        """
+        with self.interruption:
+            self._run()
+
+    def _run(self) -> None:
         self._announce()
         if self.resumed_from is None and self.processes.is_main:
             self.pictures.forget()
@@ -219,8 +229,10 @@ class Pretraining:
             self._train_update(epoch, update, stream, watch)
             bar.set_postfix_str(self._postfix(watch))
             done = update + 1
-            if self.config.save_steps and done % self.config.save_steps == 0 and done < self.batches.updates:
-                self._save(LAST, epoch - 1, done)
+            if done < self.batches.updates:
+                if self.asked_to_stop or (self.config.save_steps and done % self.config.save_steps == 0):
+                    self._save(LAST, epoch - 1, done)
+                self._leave_if_asked(epoch, done)
         self._end_epoch(epoch, watch)
 
     def _train_update(self, epoch: int, update: int, stream: Iterator[Batch], watch: Stopwatch) -> None:
@@ -247,8 +259,10 @@ class Pretraining:
             skipped += masks.skipped.sum()
         total_norm = self._gradient_norm()
         norm = float(total_norm)
-        sums = torch.tensor([float(torch.stack(losses).mean()), int(skipped), len(bad)], dtype=torch.float64, device=self.device)
-        loss_sum, skipped_sum, bad_sum = self.processes.sum(sums).tolist()
+        mine = [float(torch.stack(losses).mean()), int(skipped), len(bad), self.interruption.requested]
+        sums = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        loss_sum, skipped_sum, bad_sum, signals = self.processes.sum(sums).tolist()
+        self.asked_to_stop = signals > 0
         loss = loss_sum / self.processes.world
         if bad_sum and self.config.on_bad_image == "raise":
             self._stop_unreadable(bad)
@@ -353,6 +367,16 @@ class Pretraining:
         self._save(LAST, epoch, 0)
         if (epoch + 1) % self.config.save_freq == 0 or epoch + 1 == self.config.epochs:
             self._save(f"checkpoint-{epoch}.pth", epoch, 0)
+        if epoch + 1 < self.config.epochs:
+            self._leave_if_asked(epoch + 1, 0)
+
+    def _leave_if_asked(self, epoch: int, update: int) -> None:
+        """Called with the state saved. All ranks leave after the same update, the main one having written the file."""
+        if self.asked_to_stop:
+            self.processes.barrier()
+            self.log.close()
+            path = Path(self.config.output_dir) / LAST
+            raise Interrupted(f"asked to stop; saved {path} at epoch {epoch}, update {update}; the same command continues")
 
     # --- what is written ---
 

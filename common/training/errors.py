@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from common.training.interrupt import EXIT_INTERRUPTED, Interrupted
+
 
 class BadInput(Exception):
     """The command line, the data or a checkpoint cannot be used; the message is one line for the user."""
@@ -16,10 +18,18 @@ class NonFiniteLoss(RuntimeError):
 
 
 def run_cli(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Runs `main` and turns BadInput into one line on stderr and exit code 2. Other errors keep their traceback."""
+    """Runs `main`, with one line on stderr instead of a traceback for two of its exceptions.
+
+    BadInput gives exit code 2; Interrupted, a run that was asked to stop and saved its state, 75. Other errors keep
+    their traceback.
+    """
     try:
         main(sys.argv[1:] if argv is None else argv)
     except BadInput as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: {stop}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
