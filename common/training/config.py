@@ -27,7 +27,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 
 Interpolation = Literal["bicubic", "bilinear"]
-LrSchedule = Literal["cosine", "multistep"]
+LrSchedule = Literal["cosine", "multistep", "poly"]
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,15 @@ class RunConfig:
     warmup_epochs: float = option(40, "epochs of linear warm-up", group="optimisation")
     warmup_start: float = option(0.0, "where the warm-up starts, as a share of the learning rate", group="optimisation")
     lr_schedule: LrSchedule = option(
-        "cosine", "after the warm-up: half a cosine down to --min_lr, or steps at --lr_milestones", group="optimisation"
+        "cosine",
+        "after the warm-up: half a cosine or a polynomial of degree --lr_power down to --min_lr, or steps at --lr_milestones",
+        group="optimisation",
     )
     lr_milestones: str = option(
         "0.875", "multistep: where the learning rate drops, as shares of the run such as 0.5,0.875", group="optimisation"
     )
     lr_gamma: float = option(0.1, "multistep: factor at each milestone", group="optimisation")
+    lr_power: float = option(1.0, "poly: degree, counted from the start of the run", group="optimisation")
     weight_decay: float = option(0.05, "AdamW weight decay, not on biases and norms", group="optimisation")
     beta1: float = option(0.9, "AdamW beta 1", group="optimisation")
     beta2: float = option(0.95, "AdamW beta 2", group="optimisation")
@@ -100,7 +103,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._at_least(1, "batch_size", "accum_iter", "epochs", "repeat", "blr_batch")
-        self._at_least(0, "blr", "min_lr", "warmup_epochs", "weight_decay", "seed", "lr_gamma")
+        self._at_least(0, "blr", "min_lr", "warmup_epochs", "weight_decay", "seed", "lr_gamma", "lr_power")
         self._at_least(-1, "num_workers")
         self._require("dist_timeout", 0 < self.dist_timeout < math.inf, "must be above 0")
         for name in ("lr", "clip_grad"):
@@ -149,7 +152,30 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig):
+class LoopConfig(RunConfig):
+    """What every run of the loop (common/training/loop.py) has besides.
+
+    Raises:
+        BadInput: a value outside its range, naming the flag.
+    """
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "auto: bf16 autocast on a GPU, fp32 on a CPU; fp16 uses a gradient scaler", group="optimisation"
+    )
+    compile: bool = option(False, "torch.compile the training step (the attention pass stays eager)", group="optimisation")
+    save_freq: int = option(
+        20, "keep a numbered checkpoint every so many epochs (checkpoint-last.pth is written every epoch)", group="run"
+    )
+    save_steps: int = option(0, "also write checkpoint-last.pth every so many updates within an epoch; 0: never", group="run")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "save_freq")
+        self._at_least(0, "save_steps")
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
     """What every pre-training run has besides.
 
     Class attributes that a method sets: `models`, the names that --model takes (empty: any); `official_mask`, what
@@ -167,25 +193,14 @@ class TrainConfig(RunConfig):
     model: str = option("", "name of the model", group="model")
     mask_ratio: float = option(0.75, "share of patches that are masked, floor(N * ratio) of N", group="model")
 
-    # optimisation
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto", "auto: bf16 autocast on a GPU, fp32 on a CPU; fp16 uses a gradient scaler", group="optimisation"
-    )
-    compile: bool = option(False, "torch.compile the training step (the attention pass stays eager)", group="optimisation")
-
     # run
     init_from: str = option("", "start from the weights of this checkpoint (ours or official) at epoch 0", group="run")
-    save_freq: int = option(
-        20, "keep a numbered checkpoint every so many epochs (checkpoint-last.pth is written every epoch)", group="run"
-    )
-    save_steps: int = option(0, "also write checkpoint-last.pth every so many updates within an epoch; 0: never", group="run")
     picture_epochs: int = option(5, "how many times over the run parts and masks are drawn; 0: never", group="run")
     picture_images: int = option(4, "how many images those pictures show", group="run")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "save_freq")
-        self._at_least(0, "save_steps", "picture_epochs", "picture_images")
+        self._at_least(0, "picture_epochs", "picture_images")
         self._require("mask_ratio", 0 < self.mask_ratio < 1, "must be inside (0, 1)")
         if self.models:
             self._require("model", self.model in self.models, f"must be one of {', '.join(self.models)}")

@@ -10,11 +10,13 @@ B images of a rank and accumulation step
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -125,14 +127,21 @@ def collate(samples: list[tuple[tuple[Tensor, ...] | None, int, str, list[str]]]
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator seeded inside, as it was outside."""
+    """The global generators of torch (CPU), Python and numpy seeded inside, as they were outside.
+
+    torchvision's transforms draw from the first, timm's RandAugment from the other two.
+    """
     generator = torch.default_generator
-    before = generator.get_state()
+    before = generator.get_state(), random.getstate(), np.random.get_state()
     generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     try:
         yield
     finally:
-        generator.set_state(before)
+        generator.set_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
 
 
 class RankBatches(Sampler[list[Key]]):
@@ -175,14 +184,20 @@ class RankBatches(Sampler[list[Key]]):
             yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
 
 
-def make_loader(samples: Samples, batches: RankBatches, config: RunConfig, processes: Processes) -> DataLoader[Any]:
+def make_loader(
+    samples: Samples,
+    batches: RankBatches,
+    config: RunConfig,
+    processes: Processes,
+    collate_fn: Callable[[list[Any]], Batch] = collate,
+) -> DataLoader[Any]:
     """Loader of this rank's batches."""
     workers = count_workers(config.num_workers)
     return DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         pin_memory=config.pin_mem and processes.device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=shield_worker,

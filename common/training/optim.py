@@ -19,13 +19,31 @@ def absolute_lr(config: RunConfig, effective_batch: int) -> float:
 
 
 def lr_at(epoch: float, config: RunConfig, peak: float) -> float:
-    """Learning rate at a fractional epoch: linear warm-up, then the schedule that the configuration names."""
-    if epoch < config.warmup_epochs:
-        return peak * config.warmup_start + (1 - config.warmup_start) * peak * epoch / config.warmup_epochs
+    """Learning rate at a fractional epoch of a run whose length is --epochs."""
+    return lr_after(epoch, config.warmup_epochs, config.epochs, config, peak)
+
+
+def lr_after(done: float, warmup: float, total: float, config: RunConfig, peak: float) -> float:
+    """Learning rate: linear warm-up, then the schedule that the configuration names.
+
+    Args:
+        done, warmup, total: in one unit, epochs or updates.
+        peak: at the end of the warm-up.
+    """
+    share = (done - warmup) / max(total - warmup, 1e-9)
+    if config.lr_schedule == "poly":  # the warm-up scales the polynomial, which starts with the run (mmsegmentation's way)
+        rate = config.min_lr + (peak - config.min_lr) * max(1 - done / total, 0.0) ** config.lr_power
+        return rate * _ramp(done, warmup, config.warmup_start)
+    if done < warmup:
+        return peak * _ramp(done, warmup, config.warmup_start)
     if config.lr_schedule == "multistep":
-        return peak * config.lr_gamma ** sum(epoch >= share * config.epochs for share in config.milestones)
-    share = (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
+        return peak * config.lr_gamma ** sum(done >= milestone * total for milestone in config.milestones)
     return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def _ramp(done: float, warmup: float, start: float) -> float:
+    """From `start` to 1 over the warm-up."""
+    return 1.0 if done >= warmup else start + (1 - start) * done / warmup
 
 
 def make_optimizer(model: nn.Module, config: RunConfig, lr: float) -> torch.optim.AdamW:

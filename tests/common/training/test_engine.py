@@ -15,6 +15,7 @@ from common.training import engine
 from common.training.checkpoint import LAST
 from common.training.data import Batch
 from common.training.errors import BadInput, NonFiniteLoss
+from common.training.loop import BEFORE_FAILURE
 from mae_evolved import main_pretrain
 from tests.conftest import assert_same, read_log
 
@@ -120,7 +121,7 @@ def test_nonfinite_loss_stops_with_place_names_and_state(train: Train, monkeypat
         patch.setattr(main_pretrain, "_loss", poisoned)
         with pytest.raises(NonFiniteLoss, match=r"loss became nan at epoch 1, update 2 \(step 6\).*\.jpg"):
             train("broken")
-    saved = clean.parent / "broken" / engine.BEFORE_FAILURE
+    saved = clean.parent / "broken" / BEFORE_FAILURE
     state = torch.load(saved, weights_only=True)
     assert (state["epoch"], state["update"]) == (0, 2)
     again = train("again", f"--resume {saved}")
