@@ -138,6 +138,7 @@ class Encoder(nn.Module):
         window: w in patches, for all blocks that are not in `global_blocks`; 0: no windows.
         global_blocks: blocks (0-based) that attend over the whole grid.
         checkpointing: computes each block again in the backward pass instead of keeping what is inside it.
+        name: what messages call the model.
 
     Raises:
         ValueError: sizes that do not fit, or options that do not go together.
@@ -160,10 +161,11 @@ class Encoder(nn.Module):
         window: int = 0,
         global_blocks: tuple[int, ...] = (),
         checkpointing: bool = False,
+        name: str = "",
     ) -> None:
         super().__init__()
         scale = _checked(method, depth, layer_scale, class_token, window, global_blocks)
-        self.method, self.checkpointing = method, checkpointing
+        self.name, self.method, self.checkpointing = name, method, checkpointing
         self.input_size, self.grid_size = input_size, patch_grid(input_size, patch_size)
         self.patch_size, self.width, self.depth, self.heads = patch_size, width, depth, heads
         self.num_prefix_tokens = int(class_token)
@@ -262,7 +264,7 @@ def build_encoder(name: str, method: Method, input_size: tuple[int, int] = (224,
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: one of {', '.join(MODELS)}")
-    return MODELS[name](method=method, input_size=input_size, **more)
+    return MODELS[name](method=method, input_size=input_size, name=name, **more)
 
 
 def layer_of(name: str, depth: int) -> int:
