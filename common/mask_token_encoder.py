@@ -9,7 +9,7 @@ B batch   H, W patch grid   N = H*W patches   T = 1 + N tokens   D width   h hea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -63,17 +63,8 @@ class MaskTokenEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights cut at one standard deviation; branches of block i scaled by 1/sqrt(2i) (BEiT, Sec. 2.5)."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                init_normal(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for token in (self.cls_token, self.mask_token):
-            init_normal(token)
-        for number, block in enumerate(self.blocks, start=1):
-            for name in ("attn.proj.weight", "mlp.fc2.weight"):
-                block.get_parameter(name).data.div_(math.sqrt(2 * number))
+        """See :func:`reset_as_beit`."""
+        reset_as_beit(self, self.blocks, (self.cls_token, self.mask_token))
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Class token and patch embeddings, the mask token where `mask` [B, N] is True: [B, T, D]."""
@@ -94,6 +85,20 @@ class MaskTokenEncoder(nn.Module):
         bias = self.rel_pos_bias()
         for attention in stream_attention(self.blocks, self.embed(images), layers, values, position_bias=bias):
             yield attention if values == "softmax" else attention + bias
+
+
+def reset_as_beit(encoder: nn.Module, blocks: Iterable[nn.Module], tokens: Iterable[nn.Parameter]) -> None:
+    """Normal weights cut at one standard deviation; branches of block i scaled by 1/sqrt(2i) (BEiT, Sec. 2.5)."""
+    for module in encoder.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init_normal(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for token in tokens:
+        init_normal(token)
+    for number, block in enumerate(blocks, start=1):
+        for name in ("attn.proj.weight", "mlp.fc2.weight"):
+            block.get_parameter(name).data.div_(math.sqrt(2 * number))
 
 
 def init_normal(weight: Tensor) -> None:

@@ -104,14 +104,22 @@ class BiasedBlock(nn.Module):
     Args:
         layer_scale: first value of the learned factors on both branches; None or 0 leaves them out.
         drop_path: share of samples whose branch is dropped in training.
+        attention: takes the place of BiasedAttention; called as `attention(tokens, position_bias)`.
     """
 
-    def __init__(self, width: int, heads: int, layer_scale: float | None = None, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        attention: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
         self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
         self.norm1 = LayerNorm(width)
-        self.attn = BiasedAttention(width, heads)
+        self.attn = attention or BiasedAttention(width, heads)
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, 4 * width)

@@ -20,6 +20,7 @@ import argparse
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
+class _YacsNode:
+    """Read in the place of `yacs.config.CfgNode`, the dict in which SimMIM's checkpoints hold their flags.
+
+    torch.load fills only dicts of kinds that it knows, so this one becomes an ordered dict; yacs is not needed.
+    """
+
+    def __new__(cls) -> OrderedDict[str, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of ours or of the official code, on the CPU. No code in it is run.
 
@@ -71,7 +82,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         BadInput: not there, not readable, or not a checkpoint.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official checkpoints hold their flags in one
+        # What official checkpoints hold their flags in: MAE and BEiT, then SimMIM.
+        with torch.serialization.safe_globals([argparse.Namespace, (_YacsNode, "yacs.config.CfgNode"), set]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"checkpoint {path}: no such file") from None

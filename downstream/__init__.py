@@ -1,0 +1,1 @@
+"""Fine-tuning, linear probing, segmentation and detection of pre-trained encoders, and the tables."""
