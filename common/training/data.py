@@ -29,14 +29,14 @@ from common.training.config import RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from common.training.interrupt import shield_worker
-from common.training.sources import ImageSource
+from common.training.sources import Source
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _REPLACEMENTS = 16  # how many images are tried in the place of an unreadable one
 
 Key = tuple[int, int]
-Transform = Callable[[Image.Image], Any]
+Transform = Callable[[Any], Any]
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Samples(Dataset[Any]):
     """Random crops of the images of a source.
 
     Args:
-        source: the images.
+        source: the images, or images with their labels; `load(i)` gives what the transform takes.
         transform: image -> tensor or tuple of tensors; its random numbers come from torch's CPU generator, which
             is seeded for each sample and put back.
         repeat: crops of each image in an epoch.
@@ -82,7 +82,7 @@ class Samples(Dataset[Any]):
     all ranks together, by the training loop.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int, repeat: int = 1) -> None:
+    def __init__(self, source: Source, transform: Transform, seed: int, repeat: int = 1) -> None:
         self.source, self.transform = source, transform
         self.seed, self.repeat = seed, repeat
 
@@ -98,7 +98,7 @@ class Samples(Dataset[Any]):
             views = self.transform(image)
         return views if isinstance(views, tuple) else (views,), index, name, bad
 
-    def _readable(self, epoch: int, index: int) -> tuple[Image.Image | None, str, list[str]]:
+    def _readable(self, epoch: int, index: int) -> tuple[Any, str, list[str]]:
         """Image `index`, or another one drawn for this sample; and what could not be read."""
         bad: list[str] = []
         place, name = index % len(self.source), ""

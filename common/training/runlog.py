@@ -46,7 +46,7 @@ class RunLog:
         log = self.folder / "log.txt"
         lines = log.read_text().splitlines() if log.exists() else []
         kept = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
-        _write_text(log, "".join(f"{line}\n" for line in kept))
+        write_text(log, "".join(f"{line}\n" for line in kept))
         self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=first_update)
 
     def epoch(self, line: dict[str, Any], update: int) -> None:
@@ -88,7 +88,7 @@ class RunLog:
             first = json.loads(path.read_text())
             first.setdefault("resumed", []).append(facts)
             facts = first
-        _write_text(path, json.dumps(facts, indent=2) + "\n")
+        write_text(path, json.dumps(facts, indent=2) + "\n")
 
 
 def run_facts(
@@ -165,7 +165,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes `path` whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -9,7 +9,7 @@ import gzip
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -33,10 +33,22 @@ _PHOTO_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 _LONGEST_PHOTO_SIDE = 512
 
 
-class ImageSource(Protocol):
-    """Images by number."""
+class Source(Protocol):
+    """Samples by number: images, or images with their labels."""
 
     def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Any:
+        """Sample `index`. Raises OSError or ValueError if it cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """File or record of sample `index`."""
+        ...
+
+
+class ImageSource(Source, Protocol):
+    """Images by number."""
 
     def load(self, index: int) -> Image.Image:
         """Image `index` as RGB. Raises OSError or ValueError if it cannot be read."""

@@ -1,0 +1,369 @@
+"""What fine-tuning, segmentation and detection share: flags, layer-wise learning rates, evaluation, result.json.
+
+The loop itself is common/training/loop.py, the same as in pre-training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from common.model_names import patch_size_of
+from common.training.checkpoint import FREE_TO_CHANGE, differences, read_checkpoint
+from common.training.config import LoopConfig, RunConfig, option, with_default
+from common.training.data import Batch, RankBatches, Samples, Transform, collate, count_workers
+from common.training.distributed import Processes, start_processes
+from common.training.errors import BadInput
+from common.training.interrupt import shield_worker
+from common.training.loop import Collate, Loop
+from common.training.optim import EncoderEMA, lr_after
+from common.training.runlog import run_facts, write_text
+from common.training.stopwatch import Stopwatch
+from downstream.vit import MODELS, Encoder, Method, build_encoder, layer_of
+from downstream.weights import find_encoder, load_encoder
+
+RESULT = "result.json"
+"""Written when a run is finished, and only then."""
+
+
+@dataclass(frozen=True)
+class TaskConfig(LoopConfig):
+    """Flags of every downstream task.
+
+    Raises:
+        BadInput: a value outside its range, naming the flag.
+    """
+
+    model: str = option("vit_small_patch16", f"size of the encoder: {', '.join(MODELS)}", group="model")
+    method: Literal["auto", "mae", "beit", "simmim"] = option(
+        "auto", "whose encoder; auto: read from --init_from, mae without one", group="model"
+    )
+    init_from: str = option("", "pre-trained checkpoint, ours or official; empty: random weights", group="model")
+    drop_path: float = option(0.1, "rate at the last block, growing linearly from 0", group="model")
+    layer_scale: float | None = option(
+        None, "BEiT, SimMIM: start of the factors on branches where --init_from has none (official BEiT-L: 1e-5)", group="model"
+    )
+    checkpointing: bool = option(False, "compute each block again in the backward pass: less memory, more time", group="model")
+    layer_decay: float = option(
+        0.65, "each block's learning rate is this times that of the next one; 1: all alike", group="optimisation"
+    )
+    eval_freq: int = option(1, "evaluate every so many epochs, and after the last", group="run")
+    eval_only: bool = option(False, "evaluate and leave: --resume PATH, or the weights that are found by it", group="run")
+    pictures: int = option(4, "how many validation images are drawn with predictions; 0: none", group="run")
+    epochs: int = with_default(RunConfig, "epochs", 100)
+    warmup_epochs: float = with_default(RunConfig, "warmup_epochs", 5)
+    beta2: float = with_default(RunConfig, "beta2", 0.999)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "eval_freq")
+        self._at_least(0, "pictures")
+        self._require("model", self.model in MODELS, f"must be one of {', '.join(MODELS)}")
+        self._require("drop_path", 0 <= self.drop_path < 1, "must be in [0, 1)")
+        self._require("layer_decay", 0 < self.layer_decay <= 1, "must be in (0, 1]")
+        patch = patch_size_of(self.model)
+        divisible = not any(size % patch for size in self.image_size)
+        self._require("input_size", divisible, f"must be divisible by the patch size {patch} of {self.model}")
+        if self.init_from and not Path(self.init_from).is_file():
+            raise BadInput(f"--init_from {self.init_from}: no such file")
+
+    @property
+    def total_updates(self) -> int:
+        """Length of the run in updates where a task counts so; 0: --epochs says it."""
+        return 0
+
+
+@dataclass
+class Scores:
+    """Outcome of an evaluation.
+
+    Attributes:
+        numbers: metric -> value; percentages are 0 to 100.
+        pictures: name -> uint8 [height, width, 3].
+    """
+
+    numbers: dict[str, float]
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class Task:
+    """What a task adds to the machinery.
+
+    Attributes:
+        name: for titles and result.json.
+        model: with the encoder as `encoder`.
+        source: training samples.
+        transform: sample -> views.
+        loss: (model, batch) -> the mean over the batch.
+        evaluate: model in evaluation mode -> scores, the same on every rank.
+        metric: the number that says which epoch was best; higher is better.
+        collate: samples -> batch.
+        facts: see Loop.
+    """
+
+    name: str
+    model: nn.Module
+    source: Any
+    transform: Transform
+    loss: Callable[[nn.Module, Batch], Tensor]
+    evaluate: Callable[[nn.Module], Scores]
+    metric: str
+    collate: Collate = collate
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Supervised(Loop):
+    """One run of a task: the loop with layer-wise learning rates, and evaluation at the ends of epochs."""
+
+    config: TaskConfig
+
+    def __init__(self, config: TaskConfig, task: Task, samples: Samples, batches: RankBatches, processes: Processes) -> None:
+        self.task, self.collate = task, task.collate
+        super().__init__(config, task.model, samples, batches, processes, task.facts)
+        self.scores: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        decay = getattr(config, "model_ema", None)
+        if decay:
+            self.ema = EncoderEMA(self.model, decay)
+        self._resume()
+
+    # --- what the loop asks ---
+
+    @property
+    def total_updates(self) -> int:
+        return self.config.total_updates or super().total_updates
+
+    def _lr_at(self, epoch: float) -> float:
+        if not self.config.total_updates:
+            return super()._lr_at(epoch)
+        warmup: int = getattr(self.config, "warmup_iterations", 0)
+        return lr_after(epoch * self.batches.updates, warmup, self.config.total_updates, self.config, self.peak_lr)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        groups = layerwise_groups(self.model, config.layer_decay, config.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(config.beta1, config.beta2))
+
+    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
+        if "scores" not in state:
+            raise BadInput(f"checkpoint {path}: has no state of {self.task.name} to resume; --init_from takes its encoder")
+        free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing"}
+        differs = differences(state["config"], asdict(self.config), free)
+        for name, mine in (("effective_batch", self.batches.effective_batch), ("samples", len(self.samples))):
+            if state[name] != mine:
+                differs.append(f"{name} {state[name]} -> {mine}")
+        if differs:
+            raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+
+    def _state_of_task(self) -> dict[str, Any]:
+        return {"scores": self.scores, "best": self.best}
+
+    def _load_state_of_task(self, state: dict[str, Any]) -> None:
+        self.scores, self.best = dict(state["scores"]), dict(state["best"])
+
+    def _announce(self) -> None:
+        facts = run_facts(
+            self.config, None, self.processes, self.resumed_from,
+            task=self.task.name, effective_batch=self.batches.effective_batch, lr=self.peak_lr, precision=str(self.precision),
+            samples=len(self.samples), updates_an_epoch=self.batches.updates, updates=self.total_updates, **self.task.facts,
+        )  # fmt: skip
+        self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates + self.first_update)
+        self.log.say(
+            f"{self.task.name}: {self.config.model} ({self.model.encoder.method}) from "  # type: ignore[union-attr]
+            f"{self.config.init_from or 'random weights'}; {len(self.samples)} samples an epoch, effective batch "
+            f"{self.batches.effective_batch}, {self.total_updates} updates, lr {self.peak_lr:.3g}, "
+            f"{self.device} x {self.processes.world}, {str(self.precision).removeprefix('torch.')}"
+        )
+
+    def _loss(self, batch: Batch, watch: Stopwatch) -> Callable[[], Tensor]:
+        return lambda: self.task.loss(self.trained, batch)
+
+    def _after_epoch(self, epoch: int, line: dict[str, Any]) -> None:
+        if (epoch + 1) % self.config.eval_freq and epoch + 1 != self.epochs:
+            return
+        scores = self.evaluate()
+        line.update(scores.numbers)
+        self.scores = {"epoch": epoch, **scores.numbers}
+        if self.scores[self.task.metric] > self.best.get(self.task.metric, float("-inf")):
+            self.best = self.scores
+        self._draw(scores, (epoch + 1) * self.batches.updates)
+
+    def _told(self, line: dict[str, Any]) -> str:
+        return shown({key: line[key] for key in self.scores if key != "epoch" and key in line})
+
+    def evaluate(self) -> Scores:
+        """Scores of the model, or of its moving average where there is one."""
+        judged = self.ema.model if self.ema is not None else self.model
+        judged.eval()
+        with torch.no_grad(), self._autocast():
+            scores = self.task.evaluate(judged)
+        self.model.train()
+        return scores
+
+    def evaluate_only(self) -> None:
+        """Evaluates, says the numbers, and writes pictures."""
+        scores = self.evaluate()
+        self.log.say(f"{self.task.name}: {shown(scores.numbers)}")
+        if self.processes.is_main:
+            Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
+            self._draw(scores, 0)
+
+    def _draw(self, scores: Scores, update: int) -> None:
+        for name, picture in scores.pictures.items():
+            self.log.image(name, picture, update)
+            if self.processes.is_main:
+                save_picture(Path(self.config.output_dir) / f"{name}.png", picture)
+
+    def _finish(self) -> None:
+        self.log.close()
+        path = Path(self.config.output_dir) / RESULT
+        if self.processes.is_main:
+            write_result(path, self.task.name, self.config, self.scores, self.best, self.task.facts)
+        self.log.say(f"{self.task.name}: {shown({key: self.scores[key] for key in self.scores if key != 'epoch'})}")
+        self._say_where()
+        self.log.say(f"result       {path}")
+        self.processes.barrier()
+
+
+def train_task(config: TaskConfig, build: Callable[[Processes], Task]) -> None:
+    """Trains, or evaluates under --eval_only, from the command line's configuration to result.json.
+
+    Args:
+        build: makes the task; the weights it starts from are drawn from --seed or loaded by it.
+
+    Raises:
+        BadInput: nothing usable in the data, the flags or the checkpoint.
+        NonFiniteLoss: the loss or gradient became NaN or infinite.
+        Interrupted: a rank got a signal to stop, and the state is saved.
+    """
+    processes = start_processes(config.device, config.dist_timeout)
+    try:
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        task = build(processes)
+        samples = Samples(task.source, task.transform, config.seed, config.repeat)
+        run = Supervised(config, task, samples, RankBatches(len(samples), config, processes), processes)
+        if config.eval_only:
+            run.evaluate_only()
+        else:
+            run.run()
+    finally:
+        processes.close()
+
+
+def make_encoder(config: TaskConfig, say: Callable[[str], None], norm: nn.LayerNorm | None = None, **more: Any) -> Encoder:
+    """The encoder that the flags name, with the weights of --init_from.
+
+    Args:
+        say: told in one line what was loaded.
+        norm: takes the last norm of pre-training, if given.
+        more: see :class:`Encoder`.
+    """
+    method = choose_method(config)
+    if config.layer_scale is not None and method != "mae":
+        more["layer_scale"] = config.layer_scale
+    try:
+        encoder = build_encoder(
+            config.model, method, config.image_size, drop_path=config.drop_path, checkpointing=config.checkpointing, **more
+        )
+    except ValueError as error:
+        raise BadInput(f"--model {config.model}: {error}") from None
+    if config.init_from:
+        say(load_encoder(encoder, Path(config.init_from), norm=norm))
+    return encoder
+
+
+def choose_method(config: TaskConfig) -> Method:
+    """--method, or whose encoder --init_from holds.
+
+    Raises:
+        BadInput: a fine-tuned checkpoint that two methods could have made.
+    """
+    if config.method != "auto":
+        return config.method
+    if not config.init_from:
+        return "mae"
+    path = Path(config.init_from)
+    methods = find_encoder(read_checkpoint(path), path).methods
+    if len(methods) > 1:
+        raise BadInput(f"--init_from {path}: made by {' or '.join(methods)}, which it does not say; give --method")
+    return methods[0]
+
+
+def layerwise_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for layer-wise learning rates (Clark et al., ICLR 2020; as in BEiT's and MAE's fine-tuning).
+
+    Group of layer l of an encoder of L blocks has `lr_scale` = layer_decay^(L + 1 - l); the embeddings are layer 0,
+    block i is layer i + 1, all that follows L + 1. Biases, norms and the encoder's `no_weight_decay` have no weight decay.
+    """
+    encoder: Encoder = model.encoder  # type: ignore[assignment]
+    depth, groups = encoder.depth, dict[tuple[int, bool], dict[str, Any]]()
+    for name, value in model.named_parameters():
+        if not value.requires_grad:
+            continue
+        layer = layer_of(name, depth) if name.startswith("encoder.") else depth + 1
+        decays = value.ndim > 1 and not name.endswith(".bias") and name.removeprefix("encoder.") not in encoder.no_weight_decay
+        group = groups.setdefault(
+            (layer, decays),
+            {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay ** (depth + 1 - layer)},
+        )
+        group["params"].append(value)
+    return [groups[key] for key in sorted(groups)]
+
+
+def evaluation_batches(
+    source: Any, transform: Transform, config: RunConfig, processes: Processes, collate_fn: Collate = collate
+) -> Iterator[Batch]:
+    """Every sample of `source` exactly once over all ranks, in batches on this rank's device.
+
+    Rank r gets samples r, r + ranks, ...; shares may differ by one, and no sample is repeated to even them out.
+
+    Raises:
+        BadInput: an unreadable image; names it.
+    """
+    keys = [(0, index) for index in range(processes.rank, len(source), processes.world)]
+    size = config.batch_size
+    loader = DataLoader(
+        Samples(source, transform, config.seed),
+        batch_sampler=[keys[first : first + size] for first in range(0, len(keys), size)],
+        num_workers=count_workers(config.num_workers),
+        collate_fn=collate_fn,
+        pin_memory=config.pin_mem and processes.device.type == "cuda",
+        worker_init_fn=shield_worker,
+    )
+    for batch in loader:
+        if batch.bad:
+            raise BadInput(f"unreadable validation image {'; '.join(batch.bad)}")
+        yield batch.to(processes.device)
+
+
+def write_result(
+    path: Path, task: str, config: RunConfig, scores: dict[str, float], best: dict[str, float], facts: dict[str, Any]
+) -> None:
+    """result.json: what downstream/tables.py reads. Written whole or not at all, when the run is finished."""
+    settings = {one.name: getattr(config, one.name) for one in fields(config)}
+    held = {"task": task, "metrics": scores, "best": best, "seed": config.seed, "facts": facts, "config": settings}
+    write_text(path, json.dumps(held, indent=2) + "\n")
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """A uint8 picture [height, width, 3] as PNG, whole or not at all."""
+    from PIL import Image
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(picture).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def shown(numbers: dict[str, float]) -> str:
+    """Numbers for people."""
+    return "  ".join(f"{key} {value:.2f}" for key, value in numbers.items())
