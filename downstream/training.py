@@ -282,6 +282,11 @@ def make_encoder(config: TaskConfig, say: Callable[[str], None], norm: nn.LayerN
     return encoder
 
 
+def say_once(processes: Processes) -> Callable[[str], None]:
+    """Prints on the main rank only."""
+    return lambda line: print(line, flush=True) if processes.is_main else None
+
+
 def choose_method(config: TaskConfig) -> Method:
     """--method, or whose encoder --init_from holds.
 
