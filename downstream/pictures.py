@@ -74,6 +74,30 @@ def draw_confusion(matrix: Tensor, classes: list[str]) -> dict[str, np.ndarray]:
     return {"confusion": _pixels(figure)}
 
 
+def draw_layers(layers: list[int], curves: dict[str, list[float]]) -> dict[str, np.ndarray]:
+    """Accuracy against depth.
+
+    Args:
+        layers: blocks, from 0.
+        curves: name -> percent for each of the layers.
+
+    Returns:
+        {"layers": uint8 [height, width, 3]}, or nothing without matplotlib.
+    """
+    if not find_spec("matplotlib"):
+        return {}
+    figure = _figure(5.5, 3.6)
+    axes = figure.add_subplot()
+    for name, values in curves.items():
+        axes.plot(layers, values, marker="o", label=name)
+    axes.set_xlabel("block")
+    axes.set_ylabel("top-1 in percent")
+    axes.set_xticks(layers)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return {"layers": _pixels(figure)}
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -205,6 +205,7 @@ class Supervised(Loop):
         """Scores of the model, or of its moving average where there is one."""
         judged = self.ema.model if self.ema is not None else self.model
         judged.eval()
+        self.processes.share(judged.buffers())  # each rank has its own statistics of batch norms
         with torch.no_grad(), self._autocast():
             scores = self.task.evaluate(judged)
         self.model.train()
@@ -235,11 +236,12 @@ class Supervised(Loop):
         self.processes.barrier()
 
 
-def train_task(config: TaskConfig, build: Callable[[Processes], Task]) -> None:
+def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: type[Supervised] = Supervised) -> None:
     """Trains, or evaluates under --eval_only, from the command line's configuration to result.json.
 
     Args:
         build: makes the task; the weights it starts from are drawn from --seed or loaded by it.
+        kind: of the run.
 
     Raises:
         BadInput: nothing usable in the data, the flags or the checkpoint.
@@ -251,7 +253,7 @@ def train_task(config: TaskConfig, build: Callable[[Processes], Task]) -> None:
         torch.manual_seed(config.seed)  # the same weights on every rank
         task = build(processes)
         samples = Samples(task.source, task.transform, config.seed, config.repeat)
-        run = Supervised(config, task, samples, RankBatches(len(samples), config, processes), processes)
+        run = kind(config, task, samples, RankBatches(len(samples), config, processes), processes)
         if config.eval_only:
             run.evaluate_only()
         else:
