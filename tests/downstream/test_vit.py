@@ -168,13 +168,18 @@ def test_every_parameter_learns(method: Method, options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("options", [{}, WINDOWS])
 def test_checkpointing_changes_no_gradient(options: dict[str, Any]) -> None:
-    """Also with drop path, which draws again from the same random state."""
-    gradients = []
+    """Also with drop path, which draws again from the same random state. Each block runs twice."""
+    gradients, runs = [], []
     for again in (False, True):
         encoder = made("beit", drop_path=0.5, checkpointing=again, **options).train()
+        calls: list[int] = []
+        for block in encoder.blocks:
+            block.mlp.fc1.register_forward_hook(lambda *_, calls=calls: calls.append(1))  # type: ignore[misc]
         torch.manual_seed(1)
         sum(tokens.square().mean() for tokens in encoder(torch.randn(4, 3, 20, 28), [0, 2])).backward()  # type: ignore[union-attr]
         gradients.append([value.grad for value in encoder.parameters()])
+        runs.append(len(calls))
+    assert runs == [3, 6]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
