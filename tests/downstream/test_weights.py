@@ -314,6 +314,15 @@ def test_names_are_accounted_for(save: Callable[..., Path]) -> None:
     load_encoder(encoder, save(no_norm))
 
 
+def test_the_last_norm_beside_a_nested_encoder(save: Callable[..., Path]) -> None:
+    """A task model's own norm is found; a tensor of the encoder beside it is not taken for the encoder's."""
+    weights, norm = Task(fresh("mae")).state_dict(), LayerNorm(24)
+    load_encoder(fresh("mae"), save({**weights, "norm.weight": torch.full((24,), 2.0), "norm.bias": torch.ones(24)}), norm=norm)
+    assert torch.equal(norm.weight.detach(), torch.full((24,), 2.0))
+    with pytest.raises(BadInput, match=r"\(missing: cls_token; not of this model: cls_token\)"):
+        load_encoder(fresh("mae"), save({"cls_token": weights.pop("encoder.cls_token"), **weights}))
+
+
 def test_class_token_cannot_be_made_up(save: Callable[..., Path]) -> None:
     with pytest.raises(BadInput, match=r"\(missing: cls_token\)"):
         load_encoder(fresh("beit"), save(fresh("beit", class_token=False).state_dict()))
