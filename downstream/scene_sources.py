@@ -163,7 +163,10 @@ def divide(items: Iterable[_T], names: Iterable[str]) -> dict[str, list[_T]]:
         raise BadInput(f"{', '.join(named) or 'an empty class'}: at least two pictures are needed, one for each split")
     ranked = sorted(named, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     held_out = max(1, round(len(ranked) * VALIDATION_SHARE))
-    return {"val": [named[name] for name in sorted(ranked[:held_out])], "train": [named[name] for name in sorted(ranked[held_out:])]}
+    return {
+        "val": [named[name] for name in sorted(ranked[:held_out])],
+        "train": [named[name] for name in sorted(ranked[held_out:])],
+    }
 
 
 def flat_share(image: Image.Image) -> float:
@@ -269,10 +272,14 @@ def _library(
 def _shapes(size: int) -> Library:
     pools: dict[str, list[tuple[Picture, ...]]] = {split: [] for split in SPLITS}
     for label, shape in enumerate(SHAPES):
-        drawn = [Picture(f"{shape}-{number:02d}", _at_most(_draw_shape(label, number), size)) for number in range(_SHAPES_A_CLASS)]
+        drawn = [
+            Picture(f"{shape}-{number:02d}", _at_most(_draw_shape(label, number), size)) for number in range(_SHAPES_A_CLASS)
+        ]
         _share_out(pools, drawn)
     side = ceil(size / SMALLEST_CROP)
-    made = [Picture(f"background-{number:02d}", _texture(_shape_generator(99, number), side)) for number in range(_SHAPE_BACKGROUNDS)]
+    made = [
+        Picture(f"background-{number:02d}", _texture(_shape_generator(99, number), side)) for number in range(_SHAPE_BACKGROUNDS)
+    ]
     return _library("shapes", SHAPES, pools, divide(made, [picture.name for picture in made]), {})
 
 
@@ -311,7 +318,9 @@ def _outlines(shape: str) -> list[tuple[NDArray[np.float64], int]]:
     if shape == "star":
         return [(_ring_of_points(10, (0.95, 0.4)), 255)]
     if shape == "cross":
-        arms = np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)])
+        arms = np.array(
+            [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]
+        )
         return [(arms * 0.3, 255)]
     if shape == "ring":
         return [(_ring_of_points(90, (0.95,)), 255), (_ring_of_points(90, (0.5,)), 0)]
@@ -321,4 +330,6 @@ def _outlines(shape: str) -> list[tuple[NDArray[np.float64], int]]:
 def _ring_of_points(count: int, radii: tuple[float, ...]) -> NDArray[np.float64]:
     """`count` points around the centre, their radii in turn. A square (4) stands on its side, all else on its base."""
     angles = 2 * np.pi * (np.arange(count) + (0.5 if count == 4 else 0)) / count - np.pi / 2
-    return np.array([radii[number % len(radii)] for number in range(count)])[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+    return np.array([radii[number % len(radii)] for number in range(count)])[:, None] * np.stack(
+        [np.cos(angles), np.sin(angles)], 1
+    )
