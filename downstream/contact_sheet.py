@@ -48,7 +48,7 @@ def _tile(picture: Image.Image, objects: list[dict[str, Any]], classes: Sequence
     tile = Image.fromarray(pixels)
     pen = ImageDraw.Draw(tile)
     for rank, one in enumerate(objects):
-        at = (max(0, min(one["bbox"][0] * scale, tile.width - 80)), max(0, min(one["bbox"][1] * scale, tile.height - 12)))
+        at = (max(0, min(one["bbox"][0] * scale, tile.width - 80)), max(0, one["bbox"][1] * scale - 13))
         pen.rectangle(pen.textbbox(at, classes[one["label"]]), fill="black")
         pen.text(at, classes[one["label"]], fill=_COLOURS[rank])
     return tile

@@ -35,13 +35,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from common.training.errors import BadInput, run_cli
 from downstream.contact_sheet import contact_sheet
-from downstream.scene_drawing import Scene, draw_scene
+from downstream.scene_drawing import draw_scene
+from downstream.scene_layouts import COCO, FIRST_ID, make_folders, write_lists, write_scene
 from downstream.scene_sources import INSTALL, SPLITS, Kind, Library, load_library, missing_packages, resolve
 
 PROGRAM = "downstream.make_scenes"
@@ -49,13 +46,8 @@ Sources = Literal["auto", "photos", "shapes"]
 
 SIZES = (64, 512)
 MOST_SCENES = 999_999
-FORMAT = 1
-ADE20K = {"train": "training", "val": "validation"}
-COCO = {"train": "train2017", "val": "val2017"}
-_FIRST_ID = {"train": 1, "val": 1_000_001}  # COCO ids do not depend on how many scenes there are
 _DONE, _UNDER_WAY = "scenes.json", "scenes.unfinished.json"
 _OURS = ("imagenet", "ade20k", "coco", "contact_sheet.png", "SOURCES.txt", _DONE)
-_JPEG_QUALITY = 95
 _SHEET = {"train": 24, "val": 16}
 
 _LICENCES = {
@@ -74,7 +66,7 @@ class Settings:
     size: int
     seed: int
     sources: Kind
-    format: int = FORMAT
+    format: int = 1  # to be counted up whenever the same settings come to give other bytes
 
 
 def make_scenes(
@@ -106,10 +98,11 @@ def make_scenes(
         present = _complete(out, settings, overwrite)
         if present is not None:
             return present
+        library = load_library(settings.sources, settings.size)
         _begin(out, settings)
-        return _make(out, settings, workers)
+        return _make(out, settings, library, workers)
     except OSError as error:
-        raise BadInput(f"{out}: {error.strerror or error}") from error
+        raise BadInput(f"{out}: {error}") from error
 
 
 def _settings(train: int, val: int, size: int, seed: int, sources: Sources) -> Settings:
@@ -140,7 +133,7 @@ def _complete(out: Path, settings: Settings, overwrite: bool) -> dict[str, Any] 
         return None
     try:
         present: dict[str, Any] = json.loads((out / _DONE).read_text())
-        former = present["settings"]
+        former = dict(present["settings"])
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{out / _DONE} was not written by {PROGRAM}; name an empty or new folder") from None
     if former == asdict(settings):
@@ -172,15 +165,11 @@ def _finish(out: Path, content: dict[str, Any]) -> None:
 # Making them.
 
 
-def _make(out: Path, settings: Settings, workers: int) -> dict[str, Any]:
-    library = load_library(settings.sources, settings.size)
-    _make_folders(out, library.classes)
+def _make(out: Path, settings: Settings, library: Library, workers: int) -> dict[str, Any]:
+    make_folders(out, library.classes)
     records = {split: _render_split(out, settings, library, split, workers) for split in SPLITS}
     for split in SPLITS:
-        content = _coco(records[split], library.classes, settings.size)
-        (out / f"coco/annotations/instances_{COCO[split]}.json").write_text(json.dumps(content, separators=(",", ":")))
-    names = [*library.classes, "background"]
-    (out / "ade20k/classes.txt").write_text("".join(f"{index}\t{name}\n" for index, name in enumerate(names, 1)))
+        write_lists(out, split, records[split], library.classes, settings.size)
     (out / "SOURCES.txt").write_text(_sources_text(library))
     shown = [
         (out / f"coco/{COCO[split]}/{one['file_name']}", one["objects"])
@@ -191,16 +180,6 @@ def _make(out: Path, settings: Settings, workers: int) -> dict[str, Any]:
     content = _summary(settings, library, records)
     _finish(out, content)
     return content
-
-
-def _make_folders(out: Path, classes: Sequence[str]) -> None:
-    for split in SPLITS:
-        for name in classes:
-            (out / "imagenet" / split / name).mkdir(parents=True)
-        for kind in ("images", "annotations"):
-            (out / "ade20k" / kind / ADE20K[split]).mkdir(parents=True)
-        (out / "coco" / COCO[split]).mkdir(parents=True)
-    (out / "coco/annotations").mkdir()
 
 
 @dataclass(frozen=True)
@@ -214,7 +193,7 @@ class _Job:
 
     def __call__(self, index: int) -> dict[str, Any]:
         scene = draw_scene(self.library.pools[self.split], self.settings.size, self.settings.seed, self.split, index)
-        return _write(self.out, scene, self.library.classes, self.split, _FIRST_ID[self.split] + index)
+        return write_scene(self.out, scene, self.library.classes, self.split, FIRST_ID[self.split] + index)
 
 
 _JOB: list[_Job] = []  # of this worker process
@@ -252,75 +231,6 @@ def _progress(items: Any, total: int, split: str) -> Iterator[Any]:
     from tqdm import tqdm
 
     return iter(tqdm(items, total=total, desc=split, unit=" scenes", disable=None))
-
-
-def _write(out: Path, scene: Scene, classes: Sequence[str], split: str, image_id: int) -> dict[str, Any]:
-    """The files of one scene, and its record for COCO's json."""
-    stem = f"{image_id:012d}"
-    picture = out / "imagenet" / split / classes[scene.label] / f"{stem}.jpg"
-    Image.fromarray(scene.pixels).save(picture, quality=_JPEG_QUALITY, subsampling=0)
-    for other in (out / "ade20k/images" / ADE20K[split], out / "coco" / COCO[split]):
-        _link(picture, other / picture.name)
-    annotation = np.full(scene.pixels.shape[:2], len(classes) + 1, dtype=np.uint8)  # [S, S]
-    for one in scene.instances:
-        annotation[one.mask] = one.label + 1
-    Image.fromarray(annotation).save(out / "ade20k/annotations" / ADE20K[split] / f"{stem}.png")
-    objects = [
-        {
-            "label": one.label,
-            "name": one.name,
-            "bbox": box_of(one.mask),
-            "area": int(one.mask.sum()),
-            "counts": run_lengths(one.mask),
-        }
-        for one in scene.instances
-    ]
-    return {"id": image_id, "file_name": picture.name, "label": scene.label, "background": scene.background, "objects": objects}
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    """COCO's uncompressed run lengths of a mask [H, W]: column by column, zeros first."""
-    flat = mask.ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate(([0], changes, [flat.size]))).tolist()
-    return [0, *counts] if flat[0] else counts
-
-
-def box_of(mask: NDArray[np.bool_]) -> list[int]:
-    """[left, top, width, height] in pixels of a mask [H, W] that is not empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
-
-
-def _coco(records: Sequence[dict[str, Any]], classes: Sequence[str], size: int) -> dict[str, Any]:
-    """COCO's instances json; categories are numbered as ADE20K's, an object is ten times its picture's id plus its rank."""
-    annotations = [
-        {
-            "id": record["id"] * 10 + rank,
-            "image_id": record["id"],
-            "category_id": one["label"] + 1,
-            "bbox": one["bbox"],
-            "area": one["area"],
-            "iscrowd": 0,
-            "segmentation": {"size": [size, size], "counts": one["counts"]},
-        }
-        for record in records
-        for rank, one in enumerate(record["objects"])
-    ]
-    return {
-        "info": {"description": "scenes composed by evolved-part-masking; SOURCES.txt names what of", "version": str(FORMAT)},
-        "licenses": [],
-        "images": [{"id": one["id"], "file_name": one["file_name"], "width": size, "height": size} for one in records],
-        "annotations": annotations,
-        "categories": [{"id": index, "name": name, "supercategory": "object"} for index, name in enumerate(classes, 1)],
-    }
 
 
 def _summary(settings: Settings, library: Library, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ H, W height and width of a picture in pixels
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, cos, pi, sin
@@ -184,7 +185,7 @@ def colour_bits(image: Image.Image) -> float:
     pixels = np.asarray(image)[np.asarray(image.getchannel("A")) > 127].astype(np.int64) >> 3
     counts = np.bincount(pixels[:, 0] << 10 | pixels[:, 1] << 5 | pixels[:, 2])
     shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log2(shares)).sum())
+    return float((shares * -np.log2(shares)).sum()) + 0.0  # not -0.0
 
 
 def opaque_share(image: Image.Image) -> float:
@@ -210,9 +211,18 @@ def _at_most(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS) if scale < 1 else image
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as file:
+            yield file
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read as a picture: {error}") from None
+
+
 def _open_cutout(path: Path) -> Image.Image:
     """An RGBA picture, cropped to what is opaque."""
-    with Image.open(path) as file:
+    with _opened(path) as file:
         image = file.convert("RGBA")
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
     return image.crop(box) if box else image
@@ -220,7 +230,7 @@ def _open_cutout(path: Path) -> Image.Image:
 
 def _open_background(path: Path, shorter: int) -> Image.Image:
     """A photograph reduced to a shorter side; JPEG files are reduced while being read, which is much faster."""
-    with Image.open(path) as file:
+    with _opened(path) as file:
         file.draft("RGB", (shorter, shorter))
         image = file.convert("RGB")
     scale = shorter / min(image.size)
