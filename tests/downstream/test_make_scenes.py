@@ -72,12 +72,13 @@ def test_soft_edges_are_blended_and_the_mask_ends_at_one_half() -> None:
     ramp = np.zeros((40, 40, 4), dtype=np.uint8)
     ramp[..., 0] = 255
     ramp[..., 3] = np.linspace(0, 255, 40).astype(np.uint8)[None]
-    pool = Pool(((Picture("ramp", Image.fromarray(ramp)),),), (Picture("black", Image.new("RGB", (64, 64))),))
+    pool = Pool(((Picture("ramp", Image.fromarray(ramp)),),), (Picture("blue", Image.new("RGB", (64, 64), "blue")),))
     seen = 0
     for index in range(40):
         scene = draw_scene(pool, 64, 0, "val", index)
         if len(scene.instances) == 1:
-            red = scene.pixels[..., 0]
+            red, blue = scene.pixels[..., 0], scene.pixels[..., 2]
+            assert np.abs(red.astype(int) + blue - 255).max() <= 1
             np.testing.assert_array_equal(scene.instances[0].mask, red > 127)
             assert ((red > 10) & (red < 120)).any()
             seen += 1
