@@ -22,7 +22,7 @@ from common.draws import Stream, hash_seed
 from downstream.scene_sources import SMALLEST_CROP, SPLITS, Picture, Pool
 
 MAX_OBJECTS = 3
-MAIN_AREA = (0.08, 0.30)  # opaque area of the main object, as a share of the scene
+MAIN_AREA = (0.10, 0.35)  # opaque area of the main object, as a share of the scene
 OTHER_AREA = (0.2, 0.5)  # of another object, as a share of the main object's
 LONGEST_SIDE = 0.95  # of an object, as a share of the scene's side: binds for thin ones
 OVERHANG = 0.15  # how much of an object's box may lie outside the scene on each axis

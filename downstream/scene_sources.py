@@ -46,14 +46,15 @@ INSTALL = "apt install tuxpaint-stamps-default mate-backgrounds lomiri-wallpaper
 FOLDERS: dict[str, tuple[str, ...]] = {
     "bird": ("animals/birds",),
     "fish": ("animals/fish",),
-    "hoofed_mammal": tuple(f"animals/mammals/{name}" for name in ("bovines", "camel", "deer", "equines")),
-    "furred_mammal": (
+    "mammal": (
         "animals/marsupials",
-        *(f"animals/mammals/{name}" for name in ("apes", "bears", "cats", "dogs", "rodents")),
+        *(
+            f"animals/mammals/{name}"
+            for name in ("apes", "bears", "bovines", "camel", "cats", "deer", "dogs", "equines", "rodents")
+        ),
     ),
     "flower": ("plants/flowers",),
-    "fruit": ("food/fruit",),
-    "vegetable": ("food/vegetables",),
+    "fruit_or_vegetable": ("food/fruit", "food/vegetables"),
     "vehicle": (
         "vehicles",
         *(f"vehicles/{name}" for name in ("auto", "construction", "cycle", "emergency", "masstransit", "race")),
@@ -163,7 +164,7 @@ def divide(items: Iterable[_T], names: Iterable[str]) -> dict[str, list[_T]]:
     if len(named) < 2:
         raise BadInput(f"{', '.join(named) or 'an empty class'}: at least two pictures are needed, one for each split")
     ranked = sorted(named, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    held_out = max(1, round(len(ranked) * VALIDATION_SHARE))
+    held_out = min(ceil(len(ranked) * VALIDATION_SHARE), len(ranked) - 1)
     return {
         "val": [named[name] for name in sorted(ranked[:held_out])],
         "train": [named[name] for name in sorted(ranked[held_out:])],
