@@ -19,13 +19,13 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from common.training.checkpoint import read_checkpoint
-from common.training.config import RunConfig, option, parse_flags, with_default
+from common.training.config import RunConfig, option, with_default
 from common.training.data import Batch, denormalise
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
 from downstream.labelled import Labelled, augmentation, draw_subset, middle, open_labelled, same_classes
 from downstream.pictures import draw_confusion, draw_predictions
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, say_once, train_task
+from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
 from downstream.vit import MODELS, Encoder
 from downstream.weights import find_encoder
 
@@ -216,7 +216,7 @@ def load_head(model: Classifier, path: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
-    config = parse_flags(FinetuneConfig, PROGRAM, DESCRIPTION, argv)
+    config = parse_task(FinetuneConfig, PROGRAM, DESCRIPTION, argv)
     train_task(config, lambda processes: make_task(config, processes))
 
 

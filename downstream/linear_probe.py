@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.training.config import RunConfig, option, parse_flags, with_default
+from common.training.config import RunConfig, option, with_default
 from common.training.data import Batch, training_transform
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
@@ -25,7 +25,17 @@ from downstream.finetune import count_correct
 from downstream.labelled import WithLabel, draw_subset, middle, open_labelled, same_classes
 from downstream.lars import LARS
 from downstream.pictures import draw_layers
-from downstream.training import Scores, Supervised, Task, TaskConfig, evaluation_batches, make_encoder, say_once, train_task
+from downstream.training import (
+    Scores,
+    Supervised,
+    Task,
+    TaskConfig,
+    evaluation_batches,
+    make_encoder,
+    parse_task,
+    say_once,
+    train_task,
+)
 from downstream.vit import MODELS, Encoder
 
 PROGRAM = "linear_probe"
@@ -332,7 +342,7 @@ def _as_is(sample: Any) -> Any:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, extracts features, and trains the heads."""
-    config = parse_flags(ProbeConfig, PROGRAM, DESCRIPTION, argv)
+    config = parse_task(ProbeConfig, PROGRAM, DESCRIPTION, argv)
     train_task(config, lambda processes: make_task(config, processes), Probing)
 
 

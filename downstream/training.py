@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from common.model_names import patch_size_of
 from common.training.checkpoint import FREE_TO_CHANGE, differences, read_checkpoint
-from common.training.config import LoopConfig, RunConfig, option, with_default
+from common.training.config import LoopConfig, RunConfig, option, parse_flags, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, count_workers
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput
@@ -80,6 +80,9 @@ class TaskConfig(LoopConfig):
     def total_updates(self) -> int:
         """Length of the run in updates where a task counts so; 0: --epochs says it."""
         return 0
+
+
+AnyTask = TypeVar("AnyTask", bound=TaskConfig)
 
 
 @dataclass
@@ -234,6 +237,16 @@ class Supervised(Loop):
         self._say_where()
         self.log.say(f"result       {path}")
         self.processes.barrier()
+
+
+def parse_task(config_class: type[AnyTask], program: str, description: str, argv: Sequence[str]) -> AnyTask:
+    """Command line -> checked configuration, in which --method says what it is: checkpoints then tell BEiT from SimMIM.
+
+    Raises:
+        BadInput: see `parse_flags`, and :func:`choose_method`.
+    """
+    config = parse_flags(config_class, program, description, argv)
+    return replace(config, method=choose_method(config))
 
 
 def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: type[Supervised] = Supervised) -> None:
