@@ -5,7 +5,11 @@
 set -euo pipefail
 
 NAME=$(basename "${0%.sh}")
-case $0 in */slurm_script) IN_JOB=1 NAME=$SLURM_JOB_NAME ;; *) IN_JOB= ;; esac
+case $0 in
+  */slurm_script) IN_JOB=1 NAME=$SLURM_JOB_NAME ;;
+  *) IN_JOB= ;;
+esac
+[ -z "$IN_JOB" ] || trap : USR1 TERM # Slurm's signals are for the ranks; this shell waits for them
 
 say() { printf '%s: %s\n' "$NAME" "$*"; }
 fail() { printf '%s: error: %s\n' "$NAME" "$*" >&2; exit 2; }
@@ -15,7 +19,7 @@ fail() { printf '%s: error: %s\n' "$NAME" "$*" >&2; exit 2; }
 # --- Values ----------------------------------------------------------------------------------------------------------
 
 # What a site or a user may set, besides a script's own values: see site.env.example.
-VALUES="PARTITION ACCOUNT QOS TIME NODES GPUS_PER_NODE TASKS_PER_NODE CPUS_PER_TASK MEM SBATCH_OPTIONS ENVIRONMENT SRUN_OPTIONS
+VALUES="PARTITION ACCOUNT QOS TIME NODES GPUS_PER_NODE TASKS_PER_NODE CPUS_PER_TASK MEM SBATCH_OPTIONS ACTIVATE SRUN_OPTIONS
   BATCH_PER_GPU EFFECTIVE_BATCH RECIPE DATA_PATH OUTPUT_DIR TOKENIZER UPSTREAM
   SIGNAL_SECONDS DIST_TIMEOUT MAX_RESTARTS"
 
@@ -30,32 +34,37 @@ fi
 eval "$given"
 unset given
 
-: "${PARTITION=}" "${ACCOUNT=}" "${QOS=}" "${MEM=}" "${SBATCH_OPTIONS=}" "${SRUN_OPTIONS=}" "${ENVIRONMENT=}"
+: "${PARTITION=}" "${ACCOUNT=}" "${QOS=}" "${MEM=}" "${SBATCH_OPTIONS=}" "${SRUN_OPTIONS=}" "${ACTIVATE=}"
 : "${TIME=24:00:00}" "${CPUS_PER_TASK=10}" "${TASKS_PER_NODE=1}" "${TOKENIZER=}"
 : "${SIGNAL_SECONDS=120}" "${DIST_TIMEOUT=10}" "${MAX_RESTARTS=3}"
 
-# The Python environment: ENVIRONMENT is a file to source (a venv's or conda's activate), or a command; default .venv.
+# The Python environment: ACTIVATE is a file to source (a venv's or conda's activate), or a command; default .venv.
 activate() {
   set +u # activate scripts of conda and modules read unset variables
-  if [ -z "$ENVIRONMENT" ]; then
+  if [ -z "$ACTIVATE" ]; then
     [ ! -e "$PROJECT/.venv/bin/activate" ] || . "$PROJECT/.venv/bin/activate"
-  elif [ -e "$ENVIRONMENT" ]; then
-    . "$ENVIRONMENT"
+  elif [ -e "$ACTIVATE" ]; then
+    . "$ACTIVATE"
   else
-    eval "$ENVIRONMENT" || fail "ENVIRONMENT $ENVIRONMENT: no such file, and it fails as a command"
+    eval "$ACTIVATE" || fail "ACTIVATE $ACTIVATE: no such file, and it fails as a command"
   fi
   set -u
   export PYTHONPATH=$PROJECT${PYTHONPATH:+:$PYTHONPATH}
+  command -v python >/dev/null || fail "python is not on PATH: set ACTIVATE (slurm/site.env.example)"
 }
 
 # --- Both ------------------------------------------------------------------------------------------------------------
 
 launch() {
-  local module=$1 word
+  local module=$1 word data=$DATA_PATH
   shift
   for word in "$@"; do
-    case $word in --output_dir | --output_dir=*) fail "--output_dir: set OUTPUT_DIR in its place, the logs go there too" ;; esac
+    case $word in
+      --output_dir | --output_dir=*) fail "--output_dir: set OUTPUT_DIR in its place, the logs go there too" ;;
+      --dataset | --dataset=* | --data_path | --data_path=*) data=named ;;
+    esac
   done
+  [ -n "$data" ] || fail "DATA_PATH is not set: the folder of the images (slurm/site.env, or DATA_PATH=... before the command)"
   activate
   [ -z "$IN_JOB" ] || allocation
   make_plan "$module" "$@"
@@ -124,7 +133,6 @@ work() {
   : >"$STARTED"
   say "$SUMMARY"
   say "start $restart of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST; ranks write $prefix-rank*.log"
-  trap : USR1 TERM # Slurm's signals are for the ranks; this shell waits for them
   # shellcheck disable=SC2086
   srun --nodes="$NODES" --ntasks-per-node="$RANKS" --ntasks=$((NODES * RANKS)) --cpus-per-task="$CPUS_PER_TASK" \
     --kill-on-bad-exit=1 --output="$prefix-rank%t.log" $SRUN_OPTIONS \
@@ -135,6 +143,7 @@ work() {
     report "$prefix" "$code"
     exit "$code"
   fi
+  rm -f "$STARTED" "$ERRORS"
   say "finished; $OUTPUT_DIR"
 }
 

@@ -69,8 +69,8 @@ def official_command(
         raise BadInput(f"--data_path {data}: has no folder train, which the official {script.upstream} code needs")
     if accum_iter > 1 and not script.accumulation:
         raise BadInput(
-            f"the official {script.upstream} code cannot accumulate: the effective batch needs {accum_iter} steps of {batch_size} "
-            "images a GPU; take more GPUs, or fit more images on each"
+            f"the official {script.upstream} code cannot accumulate, and the effective batch needs {accum_iter} steps of "
+            f"{batch_size} images a GPU: take more GPUs, or fit more images on each"
         )
     words = [str(folder / script.file), *flags, script.batch, str(batch_size)]
     words += [script.accumulation, str(accum_iter)] if script.accumulation else []
