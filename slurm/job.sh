@@ -66,15 +66,33 @@ launch() {
   done
   [ -n "$data" ] || fail "DATA_PATH is not set: the folder of the images (slurm/site.env, or DATA_PATH=... before the command)"
   activate
-  [ -z "$IN_JOB" ] || allocation
-  make_plan "$module" "$@"
-  if [ -n "$IN_JOB" ]; then work; else submit "$@"; fi
+  if [ -z "$IN_JOB" ]; then
+    make_plan "$module" "$@"
+    submit "$@"
+  else
+    allocation
+    after_restart "$@"
+    make_plan "$module" "$@" "${RESUME[@]}"
+    work
+  fi
 }
 
 # What this job got, which sbatch's options may have made another than NODES and GPUS_PER_NODE.
 allocation() {
   NODES=$SLURM_JOB_NUM_NODES GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0}
   TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$TASKS_PER_NODE} CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+}
+
+# Sets RESUME. A job that was told to start anew (--resume none) or elsewhere does so once: later it continues its own checkpoint.
+after_restart() {
+  local first=$OUTPUT_DIR/logs/.$SLURM_JOB_ID.first last=$OUTPUT_DIR/checkpoint-last.pth
+  RESUME=()
+  mkdir -p "$OUTPUT_DIR/logs" 2>/dev/null || fail "OUTPUT_DIR $OUTPUT_DIR: cannot be made"
+  if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
+    : >"$first"
+  elif [ -z "$UPSTREAM" ] && [ "$last" -nt "$first" ]; then
+    RESUME=(--resume auto)
+  fi
 }
 
 # Sets RANKS (a node), SUMMARY and COMMAND, or ends with one line that says what cannot be.
@@ -100,7 +118,7 @@ make_plan() {
 
 submit() {
   command -v sbatch >/dev/null || fail "sbatch is not on PATH: this is no node of a Slurm cluster"
-  mkdir -p "$OUTPUT_DIR/logs"
+  mkdir -p "$OUTPUT_DIR/logs" 2>/dev/null || fail "OUTPUT_DIR $OUTPUT_DIR: cannot be made"
   local options=(--parsable --export=ALL --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$RANKS"
     --gpus-per-node="$GPUS_PER_NODE" --cpus-per-task="$CPUS_PER_TASK" --time="$TIME" --signal="USR1@$SIGNAL_SECONDS"
     --requeue --open-mode=append --output="$OUTPUT_DIR/logs/%j.out")
@@ -124,51 +142,59 @@ submit() {
 work() {
   local restart=${SLURM_RESTART_COUNT:-0} code=0
   local prefix=$OUTPUT_DIR/logs/$SLURM_JOB_ID-$restart
-  mkdir -p "$OUTPUT_DIR/logs"
   STARTED=$prefix.started ERRORS=$prefix.srun
   export STOPPED=$prefix.stopped PYTHONUNBUFFERED=1 UPSTREAM
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   export MASTER_ADDR
-  rm -f "$STOPPED"
   : >"$STARTED"
+  trap 'rm -f "$STARTED" "$STOPPED" "$ERRORS"' EXIT
   say "$SUMMARY"
   say "start $restart of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST; ranks write $prefix-rank*.log"
   # shellcheck disable=SC2086
   srun --nodes="$NODES" --ntasks-per-node="$RANKS" --ntasks=$((NODES * RANKS)) --cpus-per-task="$CPUS_PER_TASK" \
     --kill-on-bad-exit=1 --output="$prefix-rank%t.log" $SRUN_OPTIONS \
     bash "$PROJECT/slurm/task.sh" python "${COMMAND[@]}" 2>"$ERRORS" || code=$?
-  if [ -e "$STOPPED" ]; then
-    stopped "$restart"
-  elif [ "$code" != 0 ]; then
-    report "$prefix" "$code"
-    exit "$code"
-  fi
-  rm -f "$STARTED" "$ERRORS"
-  say "finished; $OUTPUT_DIR"
+  conclude "$prefix" "$code" "$restart"
 }
 
-# The ranks were asked to stop. The job goes back into the queue, unless Slurm is doing that, or ending it, by itself.
-stopped() {
+# What the step's end means: PREFIX of its files, srun's exit code, number of this start.
+conclude() {
   local state
+  if [ "$2" = 0 ] && [ ! -e "$STOPPED" ]; then
+    say "finished; $OUTPUT_DIR"
+    return
+  fi
   state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\([^ ]*\).*/\1/p')
   if [ "$state" != RUNNING ]; then
-    say "stopped, and Slurm ends the job ($state)"
+    say "stopped by Slurm, which ends the job or starts it again ($state)"
     exit 75
+  elif [ "$2" != 0 ]; then
+    report "$1" "$2"
+    exit "$2"
   fi
+  back_into_the_queue "$3"
+}
+
+# The ranks were asked to stop and did. Nothing forbids another start but MAX_RESTARTS starts without a checkpoint.
+back_into_the_queue() {
   if [ "$1" -ge "$MAX_RESTARTS" ] && [ -z "$(find "$OUTPUT_DIR" -name '*.pth' -newer "$STARTED" | head -n 1)" ]; then
-    say "error: stopped before a checkpoint was written, at start $1 (MAX_RESTARTS $MAX_RESTARTS): not requeued; TIME is $TIME"
+    say "error: stopped before a checkpoint was written, at start $1 (MAX_RESTARTS $MAX_RESTARTS): not requeued" >&2
     exit 1
   fi
   say "stopped; back into the queue"
-  scontrol requeue "$SLURM_JOB_ID" || exit 75
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 75
 }
 
-# Why the step failed: what srun says, and the end of the log of the rank that it names first.
+# Why the step failed: what srun says, and the ends of the logs of the ranks that it names first.
 report() {
-  local rank
+  local rank ranks
   cat "$ERRORS" >&2
-  rank=$(sed -n 's/^srun: error: [^:]*: tasks\{0,1\} \([0-9]*\).*/\1/p' "$ERRORS" | head -n 1)
-  [ -n "$rank" ] || rank=0
-  say "error: rank $rank failed (srun's code $2); the end of $1-rank$rank.log:" >&2
-  tail -n 40 "$1-rank$rank.log" >&2 || true
+  ranks=$(sed -n 's/^srun: error: [^:]*: tasks\{0,1\} \([0-9]*\).*/\1/p' "$ERRORS" | head -n 2)
+  ranks=${ranks:-0}
+  say "error: rank ${ranks//$'\n'/, } failed (srun's exit code $2); the same command continues the last checkpoint" >&2
+  for rank in $ranks; do
+    say "the end of $1-rank$rank.log:" >&2
+    tail -n 40 "$1-rank$rank.log" >&2 || true
+  done
 }

@@ -11,6 +11,7 @@ code=$?
 case $code in
   75) ;;                                                                       # stopped on request, state saved
   138 | 143) echo "ended by signal $((code - 128)) without saving its state" ;; # asked to stop where it could not save
+  137) echo "killed by signal 9: memory ran out, or by hand" && exit 137 ;;
   *) exit $code ;;
 esac
 : >"$STOPPED"
