@@ -5,10 +5,9 @@ The loop itself is common/training/loop.py, the same as in pre-training.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,13 +25,10 @@ from common.training.errors import BadInput
 from common.training.interrupt import shield_worker
 from common.training.loop import Collate, Loop
 from common.training.optim import EncoderEMA, lr_after
-from common.training.runlog import run_facts, write_text
+from common.training.runlog import run_facts
 from common.training.stopwatch import Stopwatch
 from downstream.vit import MODELS, Encoder, Method, build_encoder, layer_of
 from downstream.weights import find_encoder, load_encoder
-
-RESULT = "result.json"
-"""Written when a run is finished, and only then."""
 
 
 @dataclass(frozen=True)
@@ -230,9 +226,7 @@ class Supervised(Loop):
 
     def _finish(self) -> None:
         self.log.close()
-        path = Path(self.config.output_dir) / RESULT
-        if self.processes.is_main:
-            write_result(path, self.task.name, self.config, self.scores, self.best, self.task.facts)
+        path = self.log.result(self.task.name, self.config, self.scores, best=self.best, facts=self.task.facts)
         self.log.say(f"{self.task.name}: {shown({key: self.scores[key] for key in self.scores if key != 'epoch'})}")
         self._say_where()
         self.log.say(f"result       {path}")
@@ -364,15 +358,6 @@ def evaluation_batches(
         if batch.bad:
             raise BadInput(f"unreadable validation image {'; '.join(batch.bad)}")
         yield batch.to(processes.device)
-
-
-def write_result(
-    path: Path, task: str, config: RunConfig, scores: dict[str, float], best: dict[str, float], facts: dict[str, Any]
-) -> None:
-    """result.json: what downstream/tables.py reads. Written whole or not at all, when the run is finished."""
-    settings = {one.name: getattr(config, one.name) for one in fields(config)}
-    held = {"task": task, "metrics": scores, "best": best, "seed": config.seed, "facts": facts, "config": settings}
-    write_text(path, json.dumps(held, indent=2) + "\n")
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
