@@ -69,8 +69,6 @@ class TaskConfig(LoopConfig):
         patch = patch_size_of(self.model)
         divisible = not any(size % patch for size in self.image_size)
         self._require("input_size", divisible, f"must be divisible by the patch size {patch} of {self.model}")
-        if self.init_from and not Path(self.init_from).is_file():
-            raise BadInput(f"--init_from {self.init_from}: no such file")
 
     @property
     def total_updates(self) -> int:
@@ -121,6 +119,19 @@ class Task:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def check_same_task(state: dict[str, Any], path: Path, config: TaskConfig, effective_batch: int, samples: int) -> None:
+    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run of a task with these settings."""
+    if "scores" not in state:
+        raise BadInput(f"checkpoint {path}: has no state of this task to resume; --init_from takes its encoder")
+    free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing", *config.evaluation_flags}
+    differs = differences(state["config"], asdict(config), free)
+    for name, mine in (("effective_batch", effective_batch), ("samples", samples)):
+        if state[name] != mine and not config.eval_only:  # a model is judged alike on any number of ranks
+            differs.append(f"{name} {state[name]} -> {mine}")
+    if differs:
+        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+
+
 class Supervised(Loop):
     """One run of a task: the loop with layer-wise learning rates, and evaluation at the ends of epochs."""
 
@@ -154,15 +165,7 @@ class Supervised(Loop):
         return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(config.beta1, config.beta2))
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        if "scores" not in state:
-            raise BadInput(f"checkpoint {path}: has no state of {self.task.name} to resume; --init_from takes its encoder")
-        free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing"}
-        differs = differences(state["config"], asdict(self.config), free)
-        for name, mine in (("effective_batch", self.batches.effective_batch), ("samples", len(self.samples))):
-            if state[name] != mine:
-                differs.append(f"{name} {state[name]} -> {mine}")
-        if differs:
-            raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+        check_same_task(state, path, self.config, self.batches.effective_batch, len(self.samples))
 
     def _state_of_task(self) -> dict[str, Any]:
         return {"scores": self.scores, "best": self.best}
@@ -239,7 +242,15 @@ def parse_task(config_class: type[AnyTask], program: str, description: str, argv
     Raises:
         BadInput: see `parse_flags`, and :func:`choose_method`.
     """
-    config = parse_flags(config_class, program, description, argv)
+    return with_method(parse_flags(config_class, program, description, argv))
+
+
+def with_method(config: AnyTask) -> AnyTask:
+    """The same configuration with "auto" replaced by the method that it stands for.
+
+    Raises:
+        BadInput: see :func:`choose_method`.
+    """
     return replace(config, method=choose_method(config))
 
 

@@ -21,7 +21,7 @@ fail() { printf '%s: error: %s\n' "$NAME" "$*" >&2; exit 2; }
 # What a site or a user may set, besides a script's own values: see site.env.example.
 VALUES="PARTITION ACCOUNT QOS TIME NODES GPUS_PER_NODE TASKS_PER_NODE CPUS_PER_TASK MEM SBATCH_OPTIONS ACTIVATE SRUN_OPTIONS
   BATCH_PER_GPU EFFECTIVE_BATCH RECIPE DATA_PATH OUTPUT_DIR TOKENIZER UPSTREAM
-  SIGNAL_SECONDS DIST_TIMEOUT MAX_RESTARTS"
+  SIGNAL_SECONDS DIST_TIMEOUT MAX_RESTARTS AFTER"
 
 given=$(declare -p $VALUES 2>/dev/null | sed 's/^declare -[^ ]* /declare -gx /' || true)
 SITE=${SITE_ENV:-$PROJECT/slurm/site.env}
@@ -35,6 +35,7 @@ eval "$given"
 unset given
 
 : "${PARTITION=}" "${ACCOUNT=}" "${QOS=}" "${MEM=}" "${SBATCH_OPTIONS=}" "${SRUN_OPTIONS=}" "${ACTIVATE=}"
+: "${UPSTREAM=}" "${AFTER=}" "${CHECKED=}" # AFTER: jobs to wait for, A:B; CHECKED: slurm.reproduce has made the plan
 : "${TIME=24:00:00}" "${CPUS_PER_TASK=10}" "${TASKS_PER_NODE=1}" "${TOKENIZER=}"
 : "${SIGNAL_SECONDS=120}" "${DIST_TIMEOUT=10}" "${MAX_RESTARTS=3}"
 
@@ -67,10 +68,12 @@ launch() {
   [ -n "$data" ] || fail "DATA_PATH is not set: the folder of the images (slurm/site.env, or DATA_PATH=... before the command)"
   activate
   if [ -z "$IN_JOB" ]; then
-    make_plan "$module" "$@"
+    set_ranks
+    [ -n "$CHECKED" ] || make_plan "$module" "$@"
     submit "$@"
   else
     allocation
+    set_ranks
     after_restart "$@"
     make_plan "$module" "$@" "${RESUME[@]}"
     work
@@ -95,14 +98,19 @@ after_restart() {
   fi
 }
 
-# Sets RANKS (a node), SUMMARY and COMMAND, or ends with one line that says what cannot be.
+# Ranks of a node.
+set_ranks() {
+  RANKS=$GPUS_PER_NODE
+  [ "$GPUS_PER_NODE" != 0 ] || RANKS=$TASKS_PER_NODE
+}
+
+# Sets SUMMARY and COMMAND, or ends with one line that says what cannot be.
 make_plan() {
   local module=$1 lines
   shift
-  RANKS=$GPUS_PER_NODE
-  [ "$GPUS_PER_NODE" != 0 ] || RANKS=$TASKS_PER_NODE
   local words=(--nodes "$NODES" --ranks_per_node "$RANKS" --effective_batch "$EFFECTIVE_BATCH" --batch_per_rank "$BATCH_PER_GPU"
     --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --dist_timeout "$DIST_TIMEOUT")
+  [ -z "$AFTER" ] || [ -n "$IN_JOB" ] || words+=(--pending)
   if [ -n "$UPSTREAM" ]; then
     words+=(--upstream "$UPSTREAM" "$module" "${OFFICIAL[@]}")
   else
@@ -126,6 +134,7 @@ submit() {
   [ -z "$ACCOUNT" ] || options+=(--account="$ACCOUNT")
   [ -z "$QOS" ] || options+=(--qos="$QOS")
   [ -z "$MEM" ] || options+=(--mem="$MEM")
+  [ -z "$AFTER" ] || options+=(--dependency="afterok:$AFTER" --kill-on-invalid-dep=yes)
   # shellcheck disable=SC2163,SC2206
   options+=($SBATCH_OPTIONS)
   local value said
@@ -133,7 +142,7 @@ submit() {
   if ! said=$(sbatch "${options[@]}" "$PROJECT/slurm/$NAME.sh" "$@" 2>&1); then
     fail "not submitted: $(sed -n 's/^sbatch: error: //p' <<<"$said" | paste -sd ';' | sed 's/;/; /g')"
   fi
-  say "$SUMMARY"
+  [ -n "$CHECKED" ] || say "$SUMMARY"
   say "submitted job $(tail -n 1 <<<"$said" | cut -d ';' -f 1); its output: $OUTPUT_DIR/logs"
 }
 

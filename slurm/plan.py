@@ -19,6 +19,7 @@ from common.training.checkpoint import FREE_TO_CHANGE, check_same_run, differenc
 from common.training.config import RunConfig, TrainConfig, parse_arguments, parse_flags
 from common.training.errors import BadInput, run_cli
 from common.training.sources import find_images, open_source
+from downstream.training import TaskConfig, check_same_task, with_method
 from slurm.upstream import official_command
 
 PROGRAM = "slurm.plan"
@@ -79,11 +80,12 @@ class Resources:
         )
 
 
-def plan(module: str, flags: Sequence[str], resources: Resources) -> list[str]:
+def plan(module: str, flags: Sequence[str], resources: Resources, pending: bool = False) -> list[str]:
     """The trainer's flags with batch and accumulation worked out, everything checked that can be without training.
 
     Args:
         module: a runnable module with a `main(argv)` and one configuration of its own, a subclass of RunConfig.
+        pending: files that the run starts from are still to be written by another run, and not looked for.
 
     Raises:
         BadInput: a flag, the data, the output folder, a checkpoint of other settings, or ranks that do not fit the batch.
@@ -95,8 +97,10 @@ def plan(module: str, flags: Sequence[str], resources: Resources) -> list[str]:
             raise BadInput(f"--{name} is worked out from the effective batch, the ranks and what a rank can hold: leave it out")
     words = [*flags, "--batch_size", str(batch_size), "--accum_iter", str(accum_iter)]
     config, mask_config = configuration(module, words)
-    check_paths(config)
-    check_data(config)
+    if isinstance(config, TaskConfig) and not pending:
+        config = with_method(config)
+    check_paths(config, pending)
+    check_data(module, config)
     check_checkpoint(config, mask_config, resources.effective_batch)
     return words
 
@@ -122,11 +126,11 @@ def configuration(module: str, argv: Sequence[str]) -> tuple[RunConfig, MaskConf
     return parse_flags(own[0], module, "", argv), None
 
 
-def check_paths(config: RunConfig) -> None:
+def check_paths(config: RunConfig, pending: bool = False) -> None:
     """Raises BadInput for an output folder that cannot be made, or a named file that is not there."""
-    for name in ("tokenizer", "init_from", "finetune"):
+    for name in ("tokenizer", "init_from"):
         value = getattr(config, name, "")
-        if value and not Path(value).exists():
+        if value and not pending and not Path(value).exists():
             raise BadInput(f"--{name} {value}: no such file or folder")
     check_folder("--output_dir", Path(config.output_dir))
 
@@ -140,9 +144,15 @@ def check_folder(flag: str, folder: Path) -> None:
         raise BadInput(f"{flag} {folder}: {there} cannot be written to")
 
 
-def check_data(config: RunConfig) -> None:
-    """Raises BadInput if the data is not there. A folder is searched up to its first image: ImageNet takes minutes to list."""
-    if not config.data_path or config.dataset not in ("auto", "folder"):
+def check_data(module: str, config: RunConfig) -> None:
+    """Raises BadInput if the data is not there. A folder is searched up to its first image: ImageNet takes minutes to list.
+
+    A module whose data has a layout of its own has a function `check_data`.
+    """
+    own = getattr(importlib.import_module(module), "check_data", None)
+    if own is not None:
+        own(config)
+    elif not config.data_path or config.dataset not in ("auto", "folder"):
         open_source(config)
     elif not has_image(Path(config.data_path)):
         find_images(Path(config.data_path))
@@ -173,6 +183,8 @@ def check_checkpoint(config: RunConfig, mask_config: MaskConfig | None, effectiv
     state = read_checkpoint(path)
     if isinstance(config, TrainConfig) and mask_config is not None:
         check_same_run(state, path, config, mask_config, effective_batch, state.get("samples", 0))
+    elif isinstance(config, TaskConfig):
+        check_same_task(state, path, config, effective_batch, state.get("samples", 0))
     elif "config" in state:
         differs = differences(state["config"], asdict(config), FREE_TO_CHANGE)
         if differs:
@@ -203,6 +215,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output_dir", required=True, help="as the trainer's")
     parser.add_argument("--dist_timeout", default="10", help="as the trainer's")
     parser.add_argument("--upstream", default="", metavar="PATH", help="a patched clone: plan the official script of the module")
+    parser.add_argument("--pending", action="store_true", help="do not look for files that another job is to write first")
     parser.add_argument("module", help="module to run, such as mae_evolved.main_pretrain")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags; with --upstream the official script's")
     given = parser.parse_args(argv)
@@ -215,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
         words = official_command(given.module, Path(given.upstream), data, output, resources.split(), given.flags)
     else:
         timeout = ["--dist_timeout", given.dist_timeout]
-        words = ["-m", given.module, *plan(given.module, [*places, *timeout, *given.flags], resources)]
+        words = ["-m", given.module, *plan(given.module, [*places, *timeout, *given.flags], resources, given.pending)]
     print("\n".join(words))
 
 
