@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class TaskConfig(LoopConfig):
     Raises:
         BadInput: a value outside its range, naming the flag.
     """
+
+    evaluation_flags: ClassVar[tuple[str, ...]] = ()
+    """Flags of a task that change how a model is judged and not how it is trained: a resumed run may change them."""
 
     model: str = option("vit_small_patch16", f"size of the encoder: {', '.join(MODELS)}", group="model")
     method: Literal["auto", "mae", "beit", "simmim"] = option(
@@ -157,10 +160,10 @@ class Supervised(Loop):
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
         if "scores" not in state:
             raise BadInput(f"checkpoint {path}: has no state of {self.task.name} to resume; --init_from takes its encoder")
-        free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing"}
+        free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing", *self.config.evaluation_flags}
         differs = differences(state["config"], asdict(self.config), free)
         for name, mine in (("effective_batch", self.batches.effective_batch), ("samples", len(self.samples))):
-            if state[name] != mine:
+            if state[name] != mine and not self.config.eval_only:  # a model is judged alike on any number of ranks
                 differs.append(f"{name} {state[name]} -> {mine}")
         if differs:
             raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
