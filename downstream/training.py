@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ class TaskConfig(LoopConfig):
     Raises:
         BadInput: a value outside its range, naming the flag.
     """
+
+    evaluation_flags: ClassVar[tuple[str, ...]] = ()
+    """Flags of a task that change how a model is judged and not how it is trained: a resumed run may change them."""
 
     model: str = option("vit_small_patch16", f"size of the encoder: {', '.join(MODELS)}", group="model")
     method: Literal["auto", "mae", "beit", "simmim"] = option(
