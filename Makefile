@@ -17,7 +17,7 @@ $(VENV)/.demo: requirements.txt requirements-demo.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-demo.txt
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.demo
+$(VENV)/.dev: requirements-dev.txt requirements-downstream.txt $(VENV)/.demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

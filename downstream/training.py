@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from common.model_names import patch_size_of
 from common.training.checkpoint import FREE_TO_CHANGE, differences, read_checkpoint
-from common.training.config import LoopConfig, RunConfig, option, with_default
+from common.training.config import LoopConfig, RunConfig, option, parse_flags, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, count_workers
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput
@@ -80,6 +80,9 @@ class TaskConfig(LoopConfig):
     def total_updates(self) -> int:
         """Length of the run in updates where a task counts so; 0: --epochs says it."""
         return 0
+
+
+AnyTask = TypeVar("AnyTask", bound=TaskConfig)
 
 
 @dataclass
@@ -205,6 +208,7 @@ class Supervised(Loop):
         """Scores of the model, or of its moving average where there is one."""
         judged = self.ema.model if self.ema is not None else self.model
         judged.eval()
+        self.processes.share(judged.buffers())  # each rank has its own statistics of batch norms
         with torch.no_grad(), self._autocast():
             scores = self.task.evaluate(judged)
         self.model.train()
@@ -235,11 +239,22 @@ class Supervised(Loop):
         self.processes.barrier()
 
 
-def train_task(config: TaskConfig, build: Callable[[Processes], Task]) -> None:
+def parse_task(config_class: type[AnyTask], program: str, description: str, argv: Sequence[str]) -> AnyTask:
+    """Command line -> checked configuration, in which --method says what it is: checkpoints then tell BEiT from SimMIM.
+
+    Raises:
+        BadInput: see `parse_flags`, and :func:`choose_method`.
+    """
+    config = parse_flags(config_class, program, description, argv)
+    return replace(config, method=choose_method(config))
+
+
+def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: type[Supervised] = Supervised) -> None:
     """Trains, or evaluates under --eval_only, from the command line's configuration to result.json.
 
     Args:
         build: makes the task; the weights it starts from are drawn from --seed or loaded by it.
+        kind: of the run.
 
     Raises:
         BadInput: nothing usable in the data, the flags or the checkpoint.
@@ -251,7 +266,7 @@ def train_task(config: TaskConfig, build: Callable[[Processes], Task]) -> None:
         torch.manual_seed(config.seed)  # the same weights on every rank
         task = build(processes)
         samples = Samples(task.source, task.transform, config.seed, config.repeat)
-        run = Supervised(config, task, samples, RankBatches(len(samples), config, processes), processes)
+        run = kind(config, task, samples, RankBatches(len(samples), config, processes), processes)
         if config.eval_only:
             run.evaluate_only()
         else:
@@ -280,6 +295,11 @@ def make_encoder(config: TaskConfig, say: Callable[[str], None], norm: nn.LayerN
     if config.init_from:
         say(load_encoder(encoder, Path(config.init_from), norm=norm))
     return encoder
+
+
+def say_once(processes: Processes) -> Callable[[str], None]:
+    """Prints on the main rank only."""
+    return lambda line: print(line, flush=True) if processes.is_main else None
 
 
 def choose_method(config: TaskConfig) -> Method:

@@ -83,7 +83,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         # What official checkpoints hold their flags in: MAE and BEiT, then SimMIM.
-        with torch.serialization.safe_globals([argparse.Namespace, (_YacsNode, "yacs.config.CfgNode"), set]):
+        with torch.serialization.safe_globals([argparse.Namespace, (_YacsNode, "yacs.config.CfgNode")]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"checkpoint {path}: no such file") from None
