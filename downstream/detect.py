@@ -5,7 +5,7 @@ mask_rcnn.py is the model, coco.py the data and the scores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common.model_names import patch_size_of
-from common.training.config import Interpolation, LrSchedule, RunConfig, option, parse_flags, with_default
+from common.training.checkpoint import find_resume
+from common.training.config import Interpolation, LrSchedule, RunConfig, option, with_default
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
@@ -35,7 +36,7 @@ from downstream.coco import (
     fitted,
 )
 from downstream.mask_rcnn import COARSEST, MaskRCNN, paste
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, train_task
+from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
 from downstream.vit import MODELS
 
 PROGRAM = "detect"
@@ -97,28 +98,30 @@ class DetectConfig(TaskConfig):
 
 def build(config: DetectConfig, processes: Processes) -> Task:
     """Mask R-CNN on COCO as the training loop takes it."""
+    if config.eval_only and find_resume(config) is None:
+        raise BadInput("--eval_only: no trained detector; --resume PATH names its checkpoint")
     root = Path(config.data_path)
     if not root.is_dir():
         raise BadInput(f"--data_path {root}: no such folder")
     train, val = CocoSource(root, "train"), CocoSource(root, "val")
     if (train.category_ids, train.names) != (val.category_ids, val.names):
         raise BadInput(f"{val.file}: has other categories than {train.file.name}")
-    say = print if processes.is_main else _silent
+    say = say_once(processes)
     say(f"{len(train)} training images ({train.left_out} without objects left out), {len(val)} for validation")
     return Task(
         name="detection",
         model=make_model(config, len(train.names), say),
         source=train,
         transform=Jitter(config.image_size, config.jitter, config.flip, config.interpolation),
-        loss=loss,
+        loss=losses,
         evaluate=Evaluation(config, val, processes),
         metric="AP_box",
         collate=collate_objects,
-        facts={"classes": len(train.names)},
+        facts={"classes": len(train.names), "validation_images": len(val)},
     )
 
 
-def make_model(config: DetectConfig, classes: int, say: Any = print) -> MaskRCNN:
+def make_model(config: DetectConfig, classes: int, say: Callable[[str], None]) -> MaskRCNN:
     """The model that the flags name, its encoder loaded."""
     depth: int = MODELS[config.model].keywords["depth"]
     last_of_quarters = tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
@@ -129,11 +132,11 @@ def make_model(config: DetectConfig, classes: int, say: Any = print) -> MaskRCNN
         raise BadInput(f"--model {config.model}: {error}") from None
 
 
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the five losses."""
+def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The five losses, which are summed."""
     assert isinstance(batch, ObjectBatch)
-    losses: dict[str, Tensor] = model(batch.images, batch.targets)
-    return torch.stack(list(losses.values())).sum()
+    named: dict[str, Tensor] = model(batch.images, batch.targets)
+    return named
 
 
 @dataclass
@@ -217,13 +220,9 @@ def draw(image: Image.Image, boxes: np.ndarray, masks: list[np.ndarray], words: 
     return canvas
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
-    config = parse_flags(DetectConfig, PROGRAM, DESCRIPTION, argv)
+    config = parse_task(DetectConfig, PROGRAM, DESCRIPTION, argv)
     train_task(config, partial(build, config))
 
 
