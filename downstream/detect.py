@@ -46,6 +46,7 @@ DESCRIPTION = (
 )
 DRAWN_SCORE = 0.5
 _PICTURE_SIDE = 384
+_COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4f8bff", "#f58231", "#c060ff", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
 
 
 @dataclass(frozen=True)
@@ -206,17 +207,18 @@ def pack(masks: Tensor, tools: Any) -> list[dict[str, Any]]:
 
 
 def draw(image: Image.Image, boxes: np.ndarray, masks: list[np.ndarray], words: list[str]) -> np.ndarray:
-    """An image with boxes, masks and words on it: uint8 [384, 384, 3]."""
+    """An image with boxes, masks and words on it: uint8 [up to 384, 384, 3]."""
     height, width = fitted((image.height, image.width), (_PICTURE_SIDE, _PICTURE_SIDE))
     pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC))).permute(2, 0, 1)
     if len(boxes):
         scaled = torch.from_numpy(boxes * ([width / image.width, height / image.height] * 2)).float()
         planes = torch.from_numpy(np.stack(masks))[:, None].float()
         planes = nn.functional.interpolate(planes, size=(height, width), mode="nearest-exact")[:, 0] > 0
-        pixels = draw_segmentation_masks(pixels, planes, alpha=0.45)
-        pixels = draw_bounding_boxes(pixels, scaled, words, width=2)
-    canvas = np.full((_PICTURE_SIDE, _PICTURE_SIDE, 3), 255, dtype=np.uint8)
-    canvas[:height, :width] = pixels.permute(1, 2, 0).numpy()
+        colours: list[Any] = [_COLOURS[i % len(_COLOURS)] for i in range(len(boxes))]
+        pixels = draw_segmentation_masks(pixels, planes, alpha=0.45, colors=colours)
+        pixels = draw_bounding_boxes(pixels, scaled, words, colors=colours, width=2)
+    canvas = np.full((height, _PICTURE_SIDE, 3), 255, dtype=np.uint8)
+    canvas[:, :width] = pixels.permute(1, 2, 0).numpy()
     return canvas
 
 
