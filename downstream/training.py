@@ -104,7 +104,7 @@ class Task:
         model: with the encoder as `encoder`.
         source: training samples.
         transform: sample -> views.
-        loss: (model, batch) -> the mean over the batch.
+        loss: (model, batch) -> the mean over the batch; or several by names that begin with `loss_`, which are summed.
         evaluate: model in evaluation mode -> scores, the same on every rank.
         metric: the number that says which epoch was best; higher is better.
         collate: samples -> batch.
@@ -115,7 +115,7 @@ class Task:
     model: nn.Module
     source: Any
     transform: Transform
-    loss: Callable[[nn.Module, Batch], Tensor]
+    loss: Callable[[nn.Module, Batch], Tensor | dict[str, Tensor]]
     evaluate: Callable[[nn.Module], Scores]
     metric: str
     collate: Collate = collate
@@ -191,9 +191,18 @@ class Supervised(Loop):
         )
 
     def _loss(self, batch: Batch, watch: Stopwatch) -> Callable[[], Tensor]:
-        return lambda: self.task.loss(self.trained, batch)
+        return lambda: self._summed(self.task.loss(self.trained, batch))
+
+    def _summed(self, losses: Tensor | dict[str, Tensor]) -> Tensor:
+        """The sum of named losses, each of which is also counted; the log shows those of the main rank."""
+        if isinstance(losses, Tensor):
+            return losses
+        self._add(**{name: float(value.detach()) / self.config.accum_iter for name, value in losses.items()})
+        return torch.stack(list(losses.values())).sum()
 
     def _after_epoch(self, epoch: int, line: dict[str, Any]) -> None:
+        terms = {name: value / self.meters["updates"] for name, value in self.meters.items() if name.startswith("loss_")}
+        line.update(terms)
         if (epoch + 1) % self.config.eval_freq and epoch + 1 != self.epochs:
             return
         scores = self.evaluate()
