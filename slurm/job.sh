@@ -140,7 +140,7 @@ submit() {
   local value said
   for value in $VALUES; do [ -z "${!value+set}" ] || export "${value?}"; done # what was checked is what the job does
   if ! said=$(sbatch "${options[@]}" "$PROJECT/slurm/$NAME.sh" "$@" 2>&1); then
-    fail "not submitted: $(sed -n 's/^sbatch: error: //p' <<<"$said" | paste -sd ';' | sed 's/;/; /g')"
+    fail "not submitted: $(sed -n 's/^sbatch: [a-z]*: //p' <<<"$said" | paste -sd ';' | sed 's/;/; /g')"
   fi
   [ -n "$CHECKED" ] || say "$SUMMARY"
   say "submitted job $(tail -n 1 <<<"$said" | cut -d ';' -f 1); its output: $OUTPUT_DIR/logs"

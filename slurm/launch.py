@@ -90,8 +90,6 @@ def make_executor(given: argparse.Namespace, ranks: int, job_dir: Path) -> submi
     }
     if given.executor == "slurm":
         options |= _slurm_options(given)
-    else:
-        options |= {"local_setup": None}
     executor.update_parameters(**{key: value for key, value in options.items() if value is not None})
     return executor
 
@@ -103,7 +101,8 @@ def _slurm_options(given: argparse.Namespace) -> dict[str, Any]:
         "slurm_account": given.account,
         "slurm_qos": given.qos,
         "slurm_signal_delay_s": given.signal_seconds,
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+        # srun does not take sbatch's cores a task over; a rank that dies ends the others.
+        "slurm_srun_args": [f"--cpus-per-task={given.cpus_per_task}", "--kill-on-bad-exit=1"],
         "slurm_setup": [f"export PYTHONPATH={PROJECT}${{PYTHONPATH:+:$PYTHONPATH}} SUBMITIT_PREEMPT_SIGNAL=USR1", *given.setup],
         "slurm_additional_parameters": {"requeue": True, **more},
     }
@@ -129,11 +128,7 @@ def run(executor: submitit.AutoExecutor, training: Training, config: RunConfig, 
         BadInput: the cluster refuses the job.
     """
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
-    try:
-        job = executor.submit(training)
-    except FailedSubmissionError as error:
-        lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.startswith("sbatch: error: ")]
-        raise BadInput(f"not submitted: {'; '.join(lines) or error}") from None
+    job = submit(executor, training)
     if executor.cluster == "debug":
         failed = job.exception()
         if failed is not None:
@@ -147,6 +142,25 @@ def run(executor: submitit.AutoExecutor, training: Training, config: RunConfig, 
     except (FailedJobError, UncompletedJobError) as error:
         raise SystemExit(f"{PROGRAM}: job {job.job_id} failed: {error}") from None
     print(f"{PROGRAM}: finished; {config.output_dir}")
+
+
+def submit(executor: submitit.AutoExecutor, training: Training) -> submitit.Job[None]:
+    """The submitted job.
+
+    Raises:
+        BadInput: the cluster refuses it; submitit's files for it are taken away again.
+    """
+    folder = executor.folder.parent
+    before = set(folder.glob("*")) | set(folder.glob(".*"))
+    try:
+        return executor.submit(training)
+    except (FailedJobError, FailedSubmissionError) as error:
+        for left in (set(folder.glob("*")) | set(folder.glob(".*"))) - before:
+            if left.is_file():
+                left.unlink()
+        marks = ("sbatch: error: ", "sbatch: fatal: ")
+        lines = [line.removeprefix(mark) for line in str(error).splitlines() for mark in marks if line.startswith(mark)]
+        raise BadInput(f"not submitted: {'; '.join(lines) or error}") from None
 
 
 def _parser() -> Parser:
