@@ -142,7 +142,7 @@ def prepare(setting: Setting) -> None:
     """At tiny scale, composes the scenes that stand in for ImageNet, ADE20K and COCO."""
     if setting.scale == "tiny":
         made = make_scenes(setting.root / "scenes", SCENES["train"], SCENES["val"], SCENES["size"])
-        print(f"{PROGRAM}: {SCENES['train']} scenes of {made['sources']} in {setting.root / 'scenes'}", flush=True)
+        print(f"{PROGRAM}: {SCENES['train']} scenes of {made['settings']['sources']} in {setting.root / 'scenes'}", flush=True)
 
 
 # --- listing ---
