@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,25 +181,27 @@ def test_run_that_is_interrupted_in_every_way_ends_as_one_left_alone(lab: Lab, w
             del state["config"][key]
     assert_same(second, first)
     assert read_log(output) == read_log(whole)
-    gaps = sorted((b.wall_time - a.wall_time for a, b in _pairs(_losses(output))), reverse=True)[:4]
-    print(
-        f"dead rank: ended in {took:.1f} s; seconds from the last update to the next, four stops: {[round(g, 1) for g in gaps]}"
-    )
-
-
-def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(items, items[1:], strict=False)
+    gaps = sorted((b.wall_time - a.wall_time for a, b in itertools.pairwise(_losses(output))), reverse=True)[:4]
+    print(f"dead rank: job ended after {took:.1f} s; seconds from the last update to the next, four stops:", *map(round, gaps))
 
 
 @contextlib.contextmanager
-def _slow(process: int) -> Iterator[Any]:
-    """A rank that takes as long over its update as the block lasts; yields whether USR1 waits for it."""
+def _slow(process: int) -> Iterator[Callable[[], bool]]:
+    """A rank that takes as long over its update as the block lasts; yields whether USR1 has come.
+
+    Slurm wakes a stopped process that it signals if it tracks them by /proc; elsewhere the signal waits.
+    """
 
     def told() -> bool:
-        pending = re.search(r"ShdPnd:\s*([0-9a-f]+)", Path(f"/proc/{process}/status").read_text())
-        return bool(pending and int(pending[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except OSError:
+            return True
+        pending = re.search(r"ShdPnd:\s*([0-9a-f]+)", status)
+        return "\nState:\tT" not in status or bool(pending and int(pending[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
     os.kill(process, signal.SIGSTOP)
+    until("a stop", lambda: "\nState:\tT" in Path(f"/proc/{process}/status").read_text())
     try:
         yield told
     finally:
