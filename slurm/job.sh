@@ -88,9 +88,9 @@ allocation() {
 # anew (--resume none) or elsewhere does so once: later it continues its own checkpoint.
 plan_again() {
   local first=$OUTPUT_DIR/logs/.$SLURM_JOB_ID.plan last=$OUTPUT_DIR/checkpoint-last.pth
-  mkdir -p "$OUTPUT_DIR/logs" 2>/dev/null || fail "OUTPUT_DIR $OUTPUT_DIR: cannot be made"
   if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -e "$first" ] || [ -n "$UPSTREAM" ]; then
     make_plan "$@"
+    mkdir -p "$OUTPUT_DIR/logs" 2>/dev/null || fail "OUTPUT_DIR $OUTPUT_DIR: cannot be made"
     printf '%s\n' "$PLAN" >"$first"
   else
     PLAN=$(cat "$first")

@@ -66,7 +66,8 @@ def test_plan_adds_what_was_worked_out_and_nothing_else(image_folder: Path, tmp_
 def test_plan_as_the_batch_scripts_read_it(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(
         f"--nodes 2 --ranks_per_node 2 --effective_batch 16 --batch_per_rank 8 --data_path {image_folder} "
-        f"--output_dir {tmp_path} --dist_timeout 3 {MAE} --model mae_vit_tiny_patch4 --input_size 16 --parts_start 8 --parts_end 3".split()
+        f"--output_dir {tmp_path} --dist_timeout 3 {MAE} "
+        "--model mae_vit_tiny_patch4 --input_size 16 --parts_start 8 --parts_end 3".split()
     )
     assert capsys.readouterr().out.splitlines() == [
         "slurm.plan:",
@@ -75,6 +76,11 @@ def test_plan_as_the_batch_scripts_read_it(image_folder: Path, tmp_path: Path, c
         *("--model", "mae_vit_tiny_patch4", "--input_size", "16", "--parts_start", "8", "--parts_end", "3"),
         *("--batch_size", "4", "--accum_iter", "1"),
     ]
+
+
+def test_numbers_are_numbers(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="argument --nodes: invalid int value: 'two'"):
+        main(f"--nodes two --effective_batch 16 --batch_per_rank 8 --output_dir {tmp_path} {MAE}".split())
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,7 @@ def test_plan_as_the_batch_scripts_read_it(image_folder: Path, tmp_path: Path, c
         ("--output_dir {tmp}/file/inside", "--output_dir {tmp}/file/inside: {tmp}/file is not a folder"),
         ("--resume {tmp}/none.pth", "checkpoint {tmp}/none.pth: no such file"),
         ("--resume {tmp}/file", "checkpoint {tmp}/file: "),
+        ("--config {tmp}/none.toml", "--config {tmp}/none.toml: "),
         ("--mask_ratio 2", "--mask_ratio must be inside"),
     ],
 )
