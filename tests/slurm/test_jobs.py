@@ -19,7 +19,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_evolved.main_pretrain import main as train_mae
-from slurm.upstream import newest_checkpoint
 from tests.conftest import ROOT, assert_same, read_log, write_images
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import TINY, WAIT, script, until
@@ -84,6 +83,7 @@ class Lab:
     def rank(self, number: int, job: str) -> int:
         """The process that is rank `number` of a job; its children are a loader's."""
         mine = {f"SLURM_PROCID={number}".encode(), f"SLURM_JOB_ID={job}".encode(), b"SLURM_STEP_ID=0"}
+        mine.add(f"SLURM_CONF={self.cluster.environment['SLURM_CONF']}".encode())
         parents: dict[int, int] = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -265,16 +265,3 @@ def test_submitit_requeues_and_resumes(lab: Lab, whole: Path) -> None:
     first, second = (torch.load(one / "checkpoint-last.pth", weights_only=True)["model"] for one in (whole, output))
     assert_same(second, first)
     assert read_log(output) == read_log(whole)
-
-
-@pytest.mark.skipif("UPSTREAM_MAE" not in os.environ, reason="UPSTREAM_MAE=PATH names a clone with patches/mae.patch in it")
-def test_patched_official_script_runs_and_resumes(lab: Lab) -> None:
-    """Two nodes; resubmitted for a longer run, the official code goes on behind its last checkpoint."""
-    output = lab.folder / "official"
-    flags = ["--device", "cpu", "--input_size", "32", "--num_workers", "0", "--warmup_epochs", "0"]
-    for epochs in (1, 2):
-        job = lab.submit(output, *flags, "--epochs", str(epochs), UPSTREAM=os.environ["UPSTREAM_MAE"])
-        assert lab.ended(job, output) == "COMPLETED", lab.shown(output)
-        assert newest_checkpoint(output) == output / f"checkpoint-{epochs - 1}.pth"
-        assert "rank 1" in (output / "logs" / f"{job}-0-rank1.log").read_text()
-    assert [line["epoch"] for line in read_log(output)] == [0, 1]
