@@ -67,15 +67,14 @@ launch() {
   done
   [ -n "$data" ] || fail "DATA_PATH is not set: the folder of the images (slurm/site.env, or DATA_PATH=... before the command)"
   activate
+  [ -z "$IN_JOB" ] || allocation
+  RANKS=$GPUS_PER_NODE
+  [ "$GPUS_PER_NODE" != 0 ] || RANKS=$TASKS_PER_NODE
   if [ -z "$IN_JOB" ]; then
-    set_ranks
     [ -n "$CHECKED" ] || make_plan "$module" "$@"
     submit "$@"
   else
-    allocation
-    set_ranks
-    after_restart "$@"
-    make_plan "$module" "$@" "${RESUME[@]}"
+    plan_again "$module" "$@"
     work
   fi
 }
@@ -86,25 +85,22 @@ allocation() {
   TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$TASKS_PER_NODE} CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 }
 
-# Sets RESUME. A job that was told to start anew (--resume none) or elsewhere does so once: later it continues its own checkpoint.
-after_restart() {
-  local first=$OUTPUT_DIR/logs/.$SLURM_JOB_ID.first last=$OUTPUT_DIR/checkpoint-last.pth
-  RESUME=()
-  mkdir -p "$OUTPUT_DIR/logs" 2>/dev/null || fail "OUTPUT_DIR $OUTPUT_DIR: cannot be made"
-  if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
-    : >"$first"
-  elif [ -z "$UPSTREAM" ] && [ "$last" -nt "$first" ]; then
-    RESUME=(--resume auto)
+# The plan of the job's first start holds for the later ones, which need not check again. But a job that was told to start
+# anew (--resume none) or elsewhere does so once: later it continues its own checkpoint.
+plan_again() {
+  local first=$OUTPUT_DIR/logs/.$SLURM_JOB_ID.plan last=$OUTPUT_DIR/checkpoint-last.pth
+  if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -e "$first" ] || [ -n "$UPSTREAM" ]; then
+    make_plan "$@"
+    mkdir -p "$OUTPUT_DIR/logs" 2>/dev/null || fail "OUTPUT_DIR $OUTPUT_DIR: cannot be made"
+    printf '%s\n' "$PLAN" >"$first"
+  else
+    PLAN=$(cat "$first")
+    read_plan
+    [ ! "$last" -nt "$first" ] || COMMAND+=(--resume auto)
   fi
 }
 
-# Ranks of a node.
-set_ranks() {
-  RANKS=$GPUS_PER_NODE
-  [ "$GPUS_PER_NODE" != 0 ] || RANKS=$TASKS_PER_NODE
-}
-
-# Sets SUMMARY and COMMAND, or ends with one line that says what cannot be.
+# Sets PLAN, or ends with one line that says what cannot be.
 make_plan() {
   local module=$1 lines
   shift
@@ -117,7 +113,13 @@ make_plan() {
     words+=("$module" "${FLAGS[@]}")
   fi
   lines=$(python -m slurm.plan "${words[@]}" "$@") || exit $?
-  mapfile -t COMMAND <<<"$lines"
+  PLAN=${lines#*slurm.plan:$'\n'} # libraries may have written something before
+  read_plan
+}
+
+# Sets SUMMARY and COMMAND from PLAN: the summary, then the words of the command after `python`, one a line.
+read_plan() {
+  mapfile -t COMMAND <<<"$PLAN"
   SUMMARY=${COMMAND[0]}
   COMMAND=("${COMMAND[@]:1}")
 }

@@ -207,7 +207,7 @@ def add_resources(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the plan's summary, and the words of the command after `python` of each rank, one a line."""
+    """Prints a title, the plan's summary, and the words of each rank's command after `python`, one a line."""
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     add_resources(parser)
     parser.add_argument("--ranks_per_node", type=int, default=1, help="GPUs of a node, or processes where it has none")
@@ -220,7 +220,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags; with --upstream the official script's")
     given = parser.parse_args(argv)
     resources = Resources(given.nodes, given.ranks_per_node, given.effective_batch, given.batch_per_rank)
-    print(resources.summary())
     places = ["--data_path", given.data_path, "--output_dir", given.output_dir]
     if given.upstream:
         data, output = Path(given.data_path), Path(given.output_dir)
@@ -229,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         timeout = ["--dist_timeout", given.dist_timeout]
         words = ["-m", given.module, *plan(given.module, [*places, *timeout, *given.flags], resources, given.pending)]
-    print("\n".join(words))
+    print("\n".join([f"{PROGRAM}:", resources.summary(), *words]))
 
 
 if __name__ == "__main__":

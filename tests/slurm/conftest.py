@@ -61,7 +61,7 @@ def script(name: str, *flags: str, environment: dict[str, str], **values: object
     """`slurm/NAME.sh FLAGS` on the login node, site values given in the environment."""
     return subprocess.run(
         ["bash", str(ROOT / "slurm" / f"{name}.sh"), *flags],
-        env={**environment, "SITE_ENV": os.devnull, **{key: str(value) for key, value in values.items()}},
+        env={"SITE_ENV": os.devnull, **environment, **{key: str(value) for key, value in values.items()}},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_evolved.main_pretrain import main as train_mae
-from slurm.upstream import newest_checkpoint
 from tests.conftest import ROOT, assert_same, read_log, write_images
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import TINY, WAIT, script, until
@@ -84,6 +83,7 @@ class Lab:
     def rank(self, number: int, job: str) -> int:
         """The process that is rank `number` of a job; its children are a loader's."""
         mine = {f"SLURM_PROCID={number}".encode(), f"SLURM_JOB_ID={job}".encode(), b"SLURM_STEP_ID=0"}
+        mine.add(f"SLURM_CONF={self.cluster.environment['SLURM_CONF']}".encode())
         parents: dict[int, int] = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -181,25 +181,27 @@ def test_run_that_is_interrupted_in_every_way_ends_as_one_left_alone(lab: Lab, w
             del state["config"][key]
     assert_same(second, first)
     assert read_log(output) == read_log(whole)
-    gaps = sorted((b.wall_time - a.wall_time for a, b in _pairs(_losses(output))), reverse=True)[:4]
-    print(
-        f"dead rank: ended in {took:.1f} s; seconds from the last update to the next, four stops: {[round(g, 1) for g in gaps]}"
-    )
-
-
-def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(items, items[1:], strict=False)
+    gaps = sorted((b.wall_time - a.wall_time for a, b in itertools.pairwise(_losses(output))), reverse=True)[:4]
+    print(f"dead rank: job ended after {took:.1f} s; seconds from the last update to the next, four stops:", *map(round, gaps))
 
 
 @contextlib.contextmanager
-def _slow(process: int) -> Iterator[Any]:
-    """A rank that takes as long over its update as the block lasts; yields whether USR1 waits for it."""
+def _slow(process: int) -> Iterator[Callable[[], bool]]:
+    """A rank that takes as long over its update as the block lasts; yields whether USR1 has come.
+
+    Slurm wakes a stopped process that it signals if it tracks them by /proc; elsewhere the signal waits.
+    """
 
     def told() -> bool:
-        pending = re.search(r"ShdPnd:\s*([0-9a-f]+)", Path(f"/proc/{process}/status").read_text())
-        return bool(pending and int(pending[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except OSError:
+            return True
+        pending = re.search(r"ShdPnd:\s*([0-9a-f]+)", status)
+        return "\nState:\tT" not in status or bool(pending and int(pending[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
     os.kill(process, signal.SIGSTOP)
+    until("a stop", lambda: "\nState:\tT" in Path(f"/proc/{process}/status").read_text())
     try:
         yield told
     finally:
@@ -263,16 +265,3 @@ def test_submitit_requeues_and_resumes(lab: Lab, whole: Path) -> None:
     first, second = (torch.load(one / "checkpoint-last.pth", weights_only=True)["model"] for one in (whole, output))
     assert_same(second, first)
     assert read_log(output) == read_log(whole)
-
-
-@pytest.mark.skipif("UPSTREAM_MAE" not in os.environ, reason="UPSTREAM_MAE=PATH names a clone with patches/mae.patch in it")
-def test_patched_official_script_runs_and_resumes(lab: Lab) -> None:
-    """Two nodes; resubmitted for a longer run, the official code goes on behind its last checkpoint."""
-    output = lab.folder / "official"
-    flags = ["--device", "cpu", "--input_size", "32", "--num_workers", "0", "--warmup_epochs", "0"]
-    for epochs in (1, 2):
-        job = lab.submit(output, *flags, "--epochs", str(epochs), UPSTREAM=os.environ["UPSTREAM_MAE"])
-        assert lab.ended(job, output) == "COMPLETED", lab.shown(output)
-        assert newest_checkpoint(output) == output / f"checkpoint-{epochs - 1}.pth"
-        assert "rank 1" in (output / "logs" / f"{job}-0-rank1.log").read_text()
-    assert [line["epoch"] for line in read_log(output)] == [0, 1]
