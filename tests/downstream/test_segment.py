@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import downstream.vit
+import mae_evolved.model
 from common.training.checkpoint import LAST
 from common.training.config import parse_flags
 from common.training.data import Batch
@@ -381,7 +382,28 @@ def test_recipe_is_the_default() -> None:
 # --- labelme ---
 
 LABELME = Path("/usr/share/doc/labelme-examples/examples/semantic_segmentation/data_dataset_voc")
-needs_labelme = pytest.mark.skipif(not LABELME.is_dir(), reason="Debian's labelme-examples is not installed")
+
+OVERFIT = "--input_size 96 --batch_size 2 --iterations 600 --repeat 100 --eval_freq 2 --warmup_iterations 20 --lr 1e-3 "
+OVERFIT += "--layer_decay 1 --drop_path 0 --head_dropout 0 --head_norm group --decoder_channels 32 --auxiliary_channels 16 "
+OVERFIT += "--scale 1 1 --no_flip --no_photometric --cat_max_ratio 1 --pictures 3"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LABELME.is_dir(), reason="Debian's labelme-examples is not installed")
+def test_overfits_real_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three photographs of VOC, 7 classes: an MAE of four blocks is trained on them for a moment, then UperNet on it."""
+    mae = partial(mae_evolved.model.MODELS["mae_vit_tiny_patch8"], depth=4, decoder_depth=1)
+    monkeypatch.setitem(mae_evolved.model.MODELS, "mae_vit_tiny_patch8", mae)
+    monkeypatch.setitem(downstream.vit.MODELS, "vit_tiny_patch8", partial(downstream.vit.MODELS["vit_tiny_patch8"], depth=4))
+    labelme_voc.convert(LABELME, tmp_path / "voc")
+    pretrained, output = tmp_path / "mae", tmp_path / "run"
+    shared = "--num_workers 0 --device cpu"
+    flags = "--model mae_vit_tiny_patch8 --input_size 96 --batch_size 16 --epochs 2 --repeat 32 --warmup_epochs 1 --lr 1e-3"
+    images = f"--data_path {tmp_path}/voc/images/training --picture_epochs 0"
+    MAINS["mae"](f"{flags} {images} {shared} --output_dir {pretrained}".split())
+    model = f"--model vit_tiny_patch8 --init_from {pretrained / LAST} --data_path {tmp_path}/voc"
+    main(f"{model} {OVERFIT} {shared} --output_dir {output}".split())
+    assert json.loads((output / training.RESULT).read_text())["metrics"]["mIoU"] > 90
 
 
 def write_voc(root: Path) -> Path:
