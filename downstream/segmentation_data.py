@@ -73,8 +73,8 @@ class SegmentationSource:
             picture = image.convert("RGB")
         labels = read_labels(annotation, self.classes)
         if labels.shape != (picture.height, picture.width):
-            sizes = f"{labels.shape[1]}x{labels.shape[0]}, its image {picture.width}x{picture.height}"
-            raise ValueError(f"annotation {annotation} has {sizes} pixels")
+            held = f"{labels.shape[1]}x{labels.shape[0]}"
+            raise ValueError(f"annotation {annotation} has {held} pixels, its image {picture.width}x{picture.height}")
         return picture, labels
 
 

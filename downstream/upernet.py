@@ -27,7 +27,7 @@ NormKind = Literal["batch", "group"]
 POOLS = (1, 2, 3, 6)
 """Sides of the grids that pyramid pooling averages over (Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017)."""
 
-_MOST_GROUPS = 32
+_MOST_GROUPS, _FEWEST_CHANNELS = 32, 8
 
 
 class UperNet(nn.Module):
@@ -146,8 +146,11 @@ def resized(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 
 
 def make_norm(norm: NormKind, channels: int) -> nn.Module:
-    """A norm of that kind."""
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(math.gcd(_MOST_GROUPS, channels), channels)
+    """A norm of that kind. Groups have 8 channels or more: of a map of one cell, which pooling makes, few would leave nothing."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    groups = math.gcd(_MOST_GROUPS, channels, max(1, channels // _FEWEST_CHANNELS))
+    return nn.GroupNorm(groups, channels)
 
 
 def convolution(width: int, channels: int, side: int, norm: NormKind) -> nn.Sequential:

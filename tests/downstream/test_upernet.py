@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from downstream.upernet import POOLS, NormKind, PyramidPooling, UperNet, feature_blocks, resized
+from downstream.upernet import POOLS, NormKind, PyramidPooling, UperNet, feature_blocks, make_norm, resized
 from downstream.vit import METHODS, Encoder, Method
 
 
@@ -119,6 +119,16 @@ def test_group_norm_leaves_images_apart() -> None:
                 module.p = 0.0
         both, first = model(images(3))[0][:2], model(images(3)[:2])[0]
         assert torch.allclose(both, first, atol=1e-5) == alike
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(768, 32), (256, 32), (64, 8), (32, 4), (24, 1), (8, 1), (5, 1)])
+def test_groups(channels: int, groups: int) -> None:
+    """With one channel a group, the pooled map of one cell would be nought whatever the image."""
+    norm = make_norm("group", channels)
+    assert isinstance(norm, nn.GroupNorm)
+    assert norm.num_groups == groups
+    cells = norm(torch.randn(3, channels, 1, 1))
+    assert (cells[0] - cells[1]).abs().max() > 0.1
 
 
 def test_too_few_patches() -> None:
