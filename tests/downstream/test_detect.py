@@ -25,6 +25,7 @@ from downstream.coco import CocoSource, fitted
 from downstream.detect import DetectConfig, Evaluation, draw, main, make_model
 from downstream.mask_rcnn import MaskRCNN
 from downstream.training import layerwise_groups
+from mae_evolved.main_pretrain import main as pretrain
 from mae_evolved.model import MaskedAutoencoder
 from simmim_evolved.model import SimMIM
 from tests.conftest import ROOT, assert_same, free_ports, read_log, run_module
@@ -237,3 +238,32 @@ def test_bad_data_is_one_line(root: Path, tmp_path: Path, train: Train) -> None:
         train("run", f"--data_path {copy}")
     shown = run_module(f"downstream.detect --data_path {tmp_path}/none")
     assert (shown.returncode, shown.stderr) == (2, f"detect: error: --data_path {tmp_path}/none: no such folder\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LABELME.is_dir(), reason="Debian's package labelme-examples is not installed")
+def test_learns_real_photographs_by_heart(tmp_path: Path, shallow: None) -> None:
+    """Three photographs with 12 objects, from an encoder pre-trained for a few updates on the same."""
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    held = json.loads((LABELME / "annotations.json").read_text())
+    for one in held["images"]:
+        one["file_name"] = Path(one["file_name"]).name
+    for split in ("train", "val"):
+        shutil.copytree(LABELME / "JPEGImages", root / f"{split}2017")
+        (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(held))
+    common = "--num_workers 0 --device cpu --input_size 128"
+    made, output = tmp_path / "mae", tmp_path / "out"
+    pretrain(
+        f"--model mae_vit_tiny_patch8 --data_path {root}/train2017 --repeat 16 --epochs 2 --warmup_epochs 1 --batch_size 8 "
+        f"--lr 1e-3 --picture_epochs 0 --output_dir {made} {common}".split()
+    )
+    main(
+        f"--model vit_tiny_patch8 --data_path {root} --init_from {made}/checkpoint-last.pth --window 8 --pyramid_width 64 "
+        "--anchor_scale 4 --box_samples 64 --jitter 1 1 --no_flip --batch_size 3 --repeat 140 --epochs 1 --lr 1e-3 --beta2 0.99 "
+        "--layer_decay 1 --drop_path 0 --lr_milestones 0.8 --warmup_epochs 0.1 --weight_decay 0.05 --clip_grad 1 "
+        f"--output_dir {output} {common}".split()
+    )
+    metrics = json.loads((output / "result.json").read_text())["metrics"]
+    assert metrics["AP50_box"] > 90, metrics
+    assert metrics["AP50_mask"] > 50, metrics
