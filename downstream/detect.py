@@ -126,6 +126,15 @@ def build(config: DetectConfig, processes: Processes) -> Task:
     )
 
 
+def check_data(config: DetectConfig) -> None:
+    """What a launcher checks before it asks for a GPU: the files, not what is in them. Raises BadInput: not COCO's layout."""
+    root = Path(config.data_path)
+    for split in ("train", "val"):
+        for place in (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"):
+            if not place.exists():
+                raise BadInput(f"--data_path {root}: no {place}")
+
+
 def make_model(config: DetectConfig, classes: int, say: Callable[[str], None]) -> MaskRCNN:
     """The model that the flags name, its encoder loaded."""
     depth: int = MODELS[config.model].keywords["depth"]

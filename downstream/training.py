@@ -5,12 +5,11 @@ The loop itself is common/training/loop.py, the same as in pre-training.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,13 +25,10 @@ from common.training.errors import BadInput
 from common.training.interrupt import shield_worker
 from common.training.loop import Collate, Loop
 from common.training.optim import EncoderEMA, lr_after
-from common.training.runlog import run_facts, write_text
+from common.training.runlog import run_facts
 from common.training.stopwatch import Stopwatch
 from downstream.vit import MODELS, Encoder, Method, build_encoder, layer_of
 from downstream.weights import find_encoder, load_encoder
-
-RESULT = "result.json"
-"""Written when a run is finished, and only then."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,9 @@ class TaskConfig(LoopConfig):
     Raises:
         BadInput: a value outside its range, naming the flag.
     """
+
+    evaluation_flags: ClassVar[tuple[str, ...]] = ()
+    """Flags of a task that change how a model is judged and not how it is trained: a resumed run may change them."""
 
     model: str = option("vit_small_patch16", f"size of the encoder: {', '.join(MODELS)}", group="model")
     method: Literal["auto", "mae", "beit", "simmim"] = option(
@@ -73,8 +72,6 @@ class TaskConfig(LoopConfig):
         patch = patch_size_of(self.model)
         divisible = not any(size % patch for size in self.image_size)
         self._require("input_size", divisible, f"must be divisible by the patch size {patch} of {self.model}")
-        if self.init_from and not Path(self.init_from).is_file():
-            raise BadInput(f"--init_from {self.init_from}: no such file")
 
     @property
     def total_updates(self) -> int:
@@ -125,6 +122,19 @@ class Task:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def check_same_task(state: dict[str, Any], path: Path, config: TaskConfig, effective_batch: int, samples: int) -> None:
+    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run of a task with these settings."""
+    if "scores" not in state:
+        raise BadInput(f"checkpoint {path}: has no state of this task to resume; --init_from takes its encoder")
+    free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing", *config.evaluation_flags}
+    differs = differences(state["config"], asdict(config), free)
+    for name, mine in (("effective_batch", effective_batch), ("samples", samples)):
+        if state[name] != mine and not config.eval_only:  # a model is judged alike on any number of ranks
+            differs.append(f"{name} {state[name]} -> {mine}")
+    if differs:
+        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+
+
 class Supervised(Loop):
     """One run of a task: the loop with layer-wise learning rates, and evaluation at the ends of epochs."""
 
@@ -158,15 +168,7 @@ class Supervised(Loop):
         return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(config.beta1, config.beta2))
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        if "scores" not in state:
-            raise BadInput(f"checkpoint {path}: has no state of {self.task.name} to resume; --init_from takes its encoder")
-        free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing"}
-        differs = differences(state["config"], asdict(self.config), free)
-        for name, mine in (("effective_batch", self.batches.effective_batch), ("samples", len(self.samples))):
-            if state[name] != mine and not self.config.eval_only:
-                differs.append(f"{name} {state[name]} -> {mine}")
-        if differs:
-            raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+        check_same_task(state, path, self.config, self.batches.effective_batch, len(self.samples))
 
     def _state_of_task(self) -> dict[str, Any]:
         return {"scores": self.scores, "best": self.best}
@@ -239,9 +241,7 @@ class Supervised(Loop):
 
     def _finish(self) -> None:
         self.log.close()
-        path = Path(self.config.output_dir) / RESULT
-        if self.processes.is_main:
-            write_result(path, self.task.name, self.config, self.scores, self.best, self.task.facts)
+        path = self.log.result(self.task.name, self.config, self.scores, best=self.best, facts=self.task.facts)
         self.log.say(f"{self.task.name}: {shown({key: self.scores[key] for key in self.scores if key != 'epoch'})}")
         self._say_where()
         self.log.say(f"result       {path}")
@@ -254,7 +254,15 @@ def parse_task(config_class: type[AnyTask], program: str, description: str, argv
     Raises:
         BadInput: see `parse_flags`, and :func:`choose_method`.
     """
-    config = parse_flags(config_class, program, description, argv)
+    return with_method(parse_flags(config_class, program, description, argv))
+
+
+def with_method(config: AnyTask) -> AnyTask:
+    """The same configuration with "auto" replaced by the method that it stands for.
+
+    Raises:
+        BadInput: see :func:`choose_method`.
+    """
     return replace(config, method=choose_method(config))
 
 
@@ -373,15 +381,6 @@ def evaluation_batches(
         if batch.bad:
             raise BadInput(f"unreadable validation image {'; '.join(batch.bad)}")
         yield batch.to(processes.device)
-
-
-def write_result(
-    path: Path, task: str, config: RunConfig, scores: dict[str, float], best: dict[str, float], facts: dict[str, Any]
-) -> None:
-    """result.json: what downstream/tables.py reads. Written whole or not at all, when the run is finished."""
-    settings = {one.name: getattr(config, one.name) for one in fields(config)}
-    held = {"task": task, "metrics": scores, "best": best, "seed": config.seed, "facts": facts, "config": settings}
-    write_text(path, json.dumps(held, indent=2) + "\n")
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
