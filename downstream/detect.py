@@ -92,7 +92,11 @@ class DetectConfig(TaskConfig):
         self._require("data_path", bool(self.data_path), "must name a folder in COCO's layout (annotations, train2017, val2017)")
         self._require("dataset", self.dataset == "auto", "does not go with detection, which reads COCO's layout in --data_path")
         self._require("crop_scale", self.crop_scale == (0.2, 1.0), "does not go with detection, where --jitter cuts the images")
-        step = COARSEST * patch_size_of(self.model)
+        patch = patch_size_of(self.model)
+        self._require(
+            "model", not patch & (patch - 1), f"must have patches of a power of two, not {patch}, for RoIAlign's strides"
+        )
+        step = COARSEST * patch
         fits = not any(side % step for side in self.image_size)
         self._require("input_size", fits, f"must be divisible by {step}, {COARSEST} patches of {self.model}")
 
