@@ -101,9 +101,7 @@ def raw_pixels(folder: Path, labels: int, seed: int) -> Row:
     (images, targets), val = parts["train"], parts["t10k"]
     near = KNeighborsClassifier(NEIGHBOURS, metric="cosine", weights=vote).fit(images, targets)
     few = np.random.default_rng(seed).permutation(len(images))[:labels]
-    linear, small = (
-        LogisticRegression(max_iter=300, C=0.05).fit(images[index], targets[index]) for index in (slice(None), few)
-    )
+    linear, small = (LogisticRegression(max_iter=300, C=0.05).fit(images[index], targets[index]) for index in (slice(None), few))
     scores = (100 * model.score(*val) for model in (near, linear, small))
     return dict(zip((*COLUMNS[:2], "linear, few labels"), scores, strict=True))
 
