@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.training.checkpoint import find_resume
+from common.training.checkpoint import find_resume, read_checkpoint
 from common.training.config import RunConfig, option, with_default
 from common.training.data import Batch, training_transform
 from common.training.distributed import Processes
@@ -35,12 +35,14 @@ from downstream.training import (
     evaluation_batches,
     make_encoder,
     parse_task,
+    require_state_of,
     say_once,
     train_task,
 )
 from downstream.vit import MODELS, Encoder
 
 PROGRAM = "linear_probe"
+NAME = "linear probing"
 DESCRIPTION = (
     "Train linear classifiers on frozen features of one or many layers, and classify by k nearest neighbours. "
     "Defaults: MAE's protocol, 90 epochs of LARS with an effective batch of 16384."
@@ -333,6 +335,8 @@ def make_task(config: ProbeConfig, processes: Processes) -> Task:
     resumed = find_resume(config)
     if config.eval_only and resumed is None and not config.neighbours:
         raise BadInput("--eval_only: no trained heads (--resume) and no neighbours (--knn), nothing to evaluate")
+    if resumed is not None:
+        require_state_of(NAME, read_checkpoint(resumed), resumed)
     last = config.layers[-1] == config.depth - 1
     norm = nn.LayerNorm(MODELS[config.model].keywords["width"], eps=1e-6) if config.norm and last else None
     # A run goes on with the encoder it began with, whatever --init_from says now: features are made before it is resumed.
@@ -354,7 +358,7 @@ def make_task(config: ProbeConfig, processes: Processes) -> Task:
     else:
         data, transform = source, WithLabel(training_transform(config))
     return Task(
-        name="linear probing",
+        name=NAME,
         model=model,
         source=data,
         transform=transform,

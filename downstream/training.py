@@ -171,8 +171,7 @@ class Supervised(Loop):
         return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(config.beta1, config.beta2))
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        if "scores" not in state or state.get("task") != self.task.name:
-            raise BadInput(f"checkpoint {path}: has no state of {self.task.name} to resume; --init_from takes its encoder")
+        require_state_of(self.task.name, state, path)
         evaluating = self.config.eval_only
         free = _free_in_evaluation(self.config) if evaluating else FREE_TO_CHANGE | FREE_IN_A_TASK
         differs = differences(state["config"], asdict(self.config), free)
@@ -319,6 +318,12 @@ def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: typ
             run.run()
     finally:
         processes.close()
+
+
+def require_state_of(task: str, state: dict[str, Any], path: Path) -> None:
+    """Raises BadInput unless a checkpoint is of a run of the task that bears this name."""
+    if "scores" not in state or state.get("task") != task:
+        raise BadInput(f"checkpoint {path}: has no state of {task} to resume; --init_from takes its encoder")
 
 
 def make_encoder(

@@ -261,7 +261,9 @@ def test_rand_augment_is_that_of_the_official_recipes() -> None:
         assert isinstance(op, AugmentOp)
         assert (op.magnitude, op.magnitude_std, op.kwargs["resample"]) == (9, 0.5, Image.Resampling.BICUBIC)
         assert op.kwargs["fillcolor"] == (124, 116, 104)
-    names = [type(step).__name__ for step in augmentation(config(auto_augment="", color_jitter=0.4, flip=False)).transform.transforms]  # type: ignore[attr-defined]
+    names = [
+        type(step).__name__ for step in augmentation(config(auto_augment="", color_jitter=0.4, flip=False)).transform.transforms
+    ]  # type: ignore[attr-defined]
     assert names == ["RandomResizedCrop", "ColorJitter", "ToTensor", "Normalize", "RandomErasing"]
 
 

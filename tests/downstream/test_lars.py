@@ -12,7 +12,9 @@ from downstream.lars import LARS
 START = {"matrix": (5, 3), "kernel": (2, 3, 2, 2), "bias": (5,), "zero": (4, 2), "still": (2, 2)}
 
 
-def reference(weights: dict[str, np.ndarray], gradients: list[dict[str, np.ndarray]], rates: list[float]) -> dict[str, np.ndarray]:
+def reference(
+    weights: dict[str, np.ndarray], gradients: list[dict[str, np.ndarray]], rates: list[float]
+) -> dict[str, np.ndarray]:
     """You et al., with momentum 0.8, weight decay 0.3, trust 0.02; vectors take plain momentum steps."""
     weights = {name: value.copy() for name, value in weights.items()}
     velocity = {name: np.zeros_like(value) for name, value in weights.items()}
