@@ -144,6 +144,8 @@ class TokenizerTraining:
             method="tokenizer", lr=self.peak_lr, samples=len(self.samples), updates_an_epoch=self.batches.updates,
         )  # fmt: skip
         self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates)
+        if self.first_epoch < self.config.epochs:
+            self.log.forget_result()
         loader = make_loader(self.samples, self.batches, self.config, self.processes)
         with Interruption() as interruption:
             for epoch in range(self.first_epoch, self.config.epochs):

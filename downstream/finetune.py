@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from common.training.checkpoint import read_checkpoint
+from common.training.checkpoint import find_resume, read_checkpoint
 from common.training.config import RunConfig, option, with_default
 from common.training.data import Batch, denormalise
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
-from downstream.labelled import Labelled, augmentation, draw_subset, middle, open_labelled, same_classes
+from downstream.labelled import Labelled, augmentation, draw_subset, is_rand_augment, middle, open_labelled, same_classes
 from downstream.pictures import draw_confusion, draw_predictions
 from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
 from downstream.vit import MODELS, Encoder
@@ -67,6 +67,8 @@ class FinetuneConfig(TaskConfig):
         self._at_least(0, "subset", "mixup", "cutmix", "color_jitter")
         for name in ("random_erasing", "smoothing", "mix_prob"):
             self._require(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
+        known = not self.auto_augment or is_rand_augment(self.auto_augment)
+        self._require("auto_augment", known, "must be a RandAugment of timm such as rand-m9-mstd0.5-inc1, or empty")
         self._require("crop_pct", 0 < self.crop_pct <= 1, "must be in (0, 1]")
         self._require("model_ema", 0 <= self.model_ema < 1, "must be in [0, 1)")
 
@@ -100,7 +102,10 @@ class Classifier(nn.Module):
 class MixedLoss:
     """Cross-entropy on mixed images and labels.
 
-    Draws come from torch's generator of the CPU, which the loop seeds for each update.
+    One draw a batch (of a rank and accumulation step): mixup or cutmix with equal chances, and the share lam. Image i is
+    mixed with image i - 1; where timm's Mixup takes the batch in reverse order, the targets are the same: lam * y_i +
+    (1 - lam) * y_j, then (1 - smoothing) * target + smoothing / C. Draws come from torch's generator of the CPU, which
+    the loop seeds for each update.
     """
 
     def __init__(self, config: FinetuneConfig, classes: int) -> None:
@@ -123,33 +128,37 @@ class Evaluation:
     def __init__(self, config: FinetuneConfig, val: Labelled, processes: Processes) -> None:
         self.config, self.val, self.processes = config, val, processes
         self.transform = middle(config)
+        # Drawn: images spread over the set, whose order is by class, that this rank sees.
+        own = range(processes.rank, len(val), processes.world)
+        count = min(config.pictures, len(own)) if processes.is_main else 0
+        self.drawn = {own[place * len(own) // count] for place in range(count)}
 
     def __call__(self, model: nn.Module) -> Scores:
         """Top-1 and top-5 in percent (top-5 where there are more than five classes), mean cross-entropy, pictures."""
         classes, device = len(self.val.classes), self.processes.device
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
         matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)  # true class, predicted class
-        first: tuple[Tensor, Tensor, Tensor] | None = None
+        drawn: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in evaluation_batches(self.val, self.transform, self.config, self.processes):
             images, labels = batch.views
             logits = model(images).float()
             sums += count_correct(logits, labels)
             pairs = labels * classes + logits.argmax(dim=1)
             matrix += pairs.bincount(minlength=classes**2).reshape(classes, classes)
-            first = first or (images, labels, logits)
+            for place in (place for place, index in enumerate(batch.sample_ids.tolist()) if index in self.drawn):
+                drawn.append((images[place].cpu(), labels[place].cpu(), logits[place].cpu()))
         images_seen, top1, top5, loss = self.processes.sum(sums).tolist()
         numbers = {"top1": 100 * top1 / images_seen, "top5": 100 * top5 / images_seen, "val_loss": loss / images_seen}
         if classes <= 5:
             del numbers["top5"]
-        return Scores(numbers, self._pictures(self.processes.sum(matrix), first))
+        return Scores(numbers, self._pictures(self.processes.sum(matrix), drawn))
 
-    def _pictures(self, matrix: Tensor, first: tuple[Tensor, Tensor, Tensor] | None) -> dict[str, Any]:
-        count = self.config.pictures
-        if not (count and self.processes.is_main and first):
+    def _pictures(self, matrix: Tensor, drawn: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+        if not drawn:
             return {}
-        images, labels, logits = (one[:count].cpu() for one in first)
-        drawn = draw_predictions(denormalise(images), labels, logits.softmax(dim=1), self.val.classes)
-        return {**drawn, **draw_confusion(matrix.cpu(), self.val.classes)}
+        images, labels, logits = (torch.stack(one) for one in zip(*drawn, strict=True))
+        predictions = draw_predictions(denormalise(images), labels, logits.softmax(dim=1), self.val.classes)
+        return {**predictions, **draw_confusion(matrix.cpu(), self.val.classes)}
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -180,29 +189,43 @@ def make_task(config: FinetuneConfig, processes: Processes) -> Task:
 
 
 def make_classifier(config: FinetuneConfig, classes: int, say: Callable[[str], None]) -> Classifier:
-    """The model with the weights of --init_from; under --eval_only its head too.
+    """The model with the weights of --init_from; under --eval_only its head too, unless --resume finds a run's.
 
     Raises:
-        BadInput: a checkpoint that does not fit, or that has no head of `classes` classes under --eval_only.
+        BadInput: a checkpoint that does not fit, or that has no head of `classes` classes under --eval_only; or under
+            --eval_only two checkpoints that could be meant.
     """
     norm = nn.LayerNorm(MODELS[config.model].keywords["width"], eps=1e-6)
-    pretrained = config.pool == "cls" and not config.eval_only
-    encoder = make_encoder(config, say, norm if pretrained and config.init_from else None)
+    resumed = find_resume(config) if config.eval_only else None
+    path = Path(config.init_from) if config.init_from and resumed is None else None
+    if resumed is not None and config.init_from and config.resume == "auto" and _has_head(Path(config.init_from)):
+        raise BadInput(f"--eval_only: {resumed} or --init_from {config.init_from}? Give --resume none, or --resume PATH")
+    pretrained = path is not None and config.pool == "cls" and not config.eval_only
+    encoder = make_encoder(config, say, norm if pretrained else None, weights=str(path or ""))
     model = Classifier(encoder, classes, config.pool, norm)
-    if config.eval_only and config.init_from:
-        load_head(model, Path(config.init_from))
-        say(f"loaded {config.init_from}: head and norm")
+    if config.eval_only and path is not None:
+        load_head(model, path)
+        say(f"loaded {path}: head and norm")
     return model
+
+
+def _has_head(path: Path) -> bool:
+    return find_encoder(read_checkpoint(path), path).named("head.weight") is not None
 
 
 def load_head(model: Classifier, path: Path) -> None:
     """Norm and head of a fine-tuned checkpoint, ours or official (there the norm is `fc_norm` or, for the class token, `norm`).
 
     Raises:
-        BadInput: not in the checkpoint, or of other shapes.
+        BadInput: not in the checkpoint, of other shapes, or trained with another --pool.
     """
-    found = find_encoder(read_checkpoint(path), path)
+    state = read_checkpoint(path)
+    found, flags = find_encoder(state, path), state.get("config")
     name = "fc_norm" if found.named("fc_norm.weight") is not None else "norm"
+    said = flags.get("pool") if isinstance(flags, dict) else None
+    pool = said or ("mean" if name == "fc_norm" else "cls")
+    if found.named("head.weight") is not None and pool != model.pool:
+        raise BadInput(f"--init_from {path}: was fine-tuned with --pool {pool}, not {model.pool}")
     for module, key in ((model.fc_norm, name), (model.head, "head")):
         held = {part: found.named(f"{key}.{part}") for part in ("weight", "bias")}
         for part, mine in module.state_dict().items():

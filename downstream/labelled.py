@@ -7,11 +7,13 @@ B images   C classes
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
@@ -22,7 +24,6 @@ from common.training.errors import BadInput
 from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource, FileSource, ImageSource, is_image, read_idx
 
 FASHION_CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class Labelled:
@@ -73,16 +74,14 @@ def draw_subset(whole: Labelled, count: int, seed: int) -> Labelled | Subset:
     """
     if count == 0:
         return whole
-    labels = torch.tensor(whole.labels)
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    turn = torch.empty_like(order)  # how many of the class came before, in the shuffled order
-    for label in range(len(whole.classes)):
-        mine = order[labels[order] == label]
-        turn[mine] = torch.arange(len(mine))
     if count > len(whole):
         raise BadInput(f"--subset {count}: there are {len(whole)} training images")
-    ranked = sorted(order.tolist(), key=lambda index: int(turn[index]))
-    return Subset(whole, sorted(ranked[:count]))
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    labels = torch.tensor(whole.labels)[order]
+    by_class, sizes = labels.argsort(stable=True), labels.bincount()
+    turn = torch.empty_like(order)  # how many of the class came before, in the shuffled order
+    turn[by_class] = torch.arange(len(whole)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
+    return Subset(whole, order[turn.argsort(stable=True)[:count]].sort().values.tolist())
 
 
 def open_labelled(config: RunConfig, train: bool) -> Labelled:
@@ -99,6 +98,8 @@ def open_labelled(config: RunConfig, train: bool) -> Labelled:
     if kind == "folder":
         return _folder(config, train)
     images, labels, classes = _named_set(kind, config, train)
+    if len(images) != len(labels):
+        raise BadInput(f"--dataset {kind}: {len(images)} images, but {len(labels)} labels in --data_path {config.data_path!r}")
     return Labelled(ArraySource(images, kind), [int(label) for label in labels], classes)
 
 
@@ -117,6 +118,8 @@ def _folder(config: RunConfig, train: bool) -> Labelled:
         raise BadInput(f"--data_path {config.data_path}: no folder {folder} (expected train/<class>/ and val/<class>/)")
     classes = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
     found = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*")) if is_image(path)]
+    if not classes:
+        raise BadInput(f"--data_path {config.data_path}: no class folders in {folder} (expected {folder.name}/<class>/*)")
     if not found:
         raise BadInput(f"--data_path {config.data_path}: no images in the class folders of {folder}")
     return Labelled(FileSource([path for path, _ in found]), [label for _, label in found], classes)
@@ -143,8 +146,11 @@ def _named_set(kind: str, config: RunConfig, train: bool) -> tuple[np.ndarray, A
         cifar = maker(root, train=train, download=download)
         return cifar.data, cifar.targets, list(cifar.classes)
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--dataset {kind}: cannot be read from --data_path {root!r}: {reason}; --download fetches it") from None
+        hint = " (or install Debian's dataset-fashion-mnist)" if kind == "fashion-mnist" else ""
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadInput(
+            f"--dataset {kind}: cannot be read from --data_path {root!r}{hint}: {reason}; --download fetches it"
+        ) from None
 
 
 def _debian_folder(root: str) -> Path | None:
@@ -169,7 +175,8 @@ class WithLabel:
 def augmentation(config: Any) -> Transform:
     """Random resized crop, flip, RandAugment or colour jitter, normalisation, random erasing.
 
-    RandAugment is timm's, whose magnitudes vary (`rand-m9-mstd0.5-inc1`), as in the fine-tuning of BEiT, MAE and SimMIM.
+    RandAugment is timm's, whose magnitudes vary (`rand-m9-mstd0.5-inc1`), as in the fine-tuning of BEiT, MAE and SimMIM:
+    it turns and shears with the interpolation of the crop. Rectangles of noise are erased as in timm's mode `pixel`.
     """
     interpolation = InterpolationMode(config.interpolation)
     steps: list[Any] = [transforms.RandomResizedCrop(config.image_size, scale=config.crop_scale, interpolation=interpolation)]
@@ -188,25 +195,47 @@ def augmentation(config: Any) -> Transform:
 def _rand_augment(config: Any) -> Transform:
     from timm.data.auto_augment import rand_augment_transform
 
-    height, width = config.image_size
     fill = tuple(round(255 * value) for value in IMAGENET_MEAN)
-    settings = {"translate_const": int(min(height, width) * 0.45), "img_mean": fill}
-    try:
-        return rand_augment_transform(config.auto_augment, settings)
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise BadInput(
-            f"--auto_augment {config.auto_augment!r}: not a RandAugment of timm such as rand-m9-mstd0.5-inc1: {error}"
-        ) from None
+    resample = Image.Resampling.BICUBIC if config.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    settings = {"translate_const": int(min(config.image_size) * 0.45), "img_mean": fill, "interpolation": resample}
+    return rand_augment_transform(config.auto_augment, settings)
+
+
+def is_rand_augment(words: str) -> bool:
+    """Whether timm reads every word of it; its own reader passes over words that it does not know."""
+    return re.fullmatch(r"rand(-(m|n|inc)\d+|-mstd\d+(\.\d+)?|-w0)*", words) is not None
+
+
+class Covering:
+    """Resizes an image so that its middle of `size` has `share` of the side that binds.
+
+    The shorter side becomes floor(side / share) for square sizes, as in torchvision's Resize and the official evaluations.
+
+    Args:
+        size: (height, width) of the crop that follows.
+        share: in (0, 1].
+    """
+
+    def __init__(self, size: tuple[int, int], share: float, interpolation: InterpolationMode) -> None:
+        self.size, self.share, self.interpolation = size, share, interpolation
+
+    def __call__(self, image: Any) -> Any:
+        (height, width), (high, wide) = self.size, (image.height, image.width)
+        if height * wide >= width * high:
+            new = int(height / self.share)
+            size = (new, new * wide // high)
+        else:
+            new = int(width / self.share)
+            size = (new * high // wide, new)
+        return transforms.functional.resize(image, list(size), self.interpolation)
 
 
 def middle(config: Any) -> Transform:
-    """The shorter side to input_size / crop_pct, then the middle; normalised. Non-square inputs are covered likewise."""
-    height, width = config.image_size
-
-    def resized(image: Any) -> Any:
-        scale = max(height / image.height, width / image.width) / config.crop_pct
-        size = (round(image.height * scale), round(image.width * scale))
-        return transforms.functional.resize(image, list(size), InterpolationMode(config.interpolation))
-
-    steps = [transforms.Lambda(resized), transforms.CenterCrop((height, width)), transforms.ToTensor()]
-    return WithLabel(transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]))
+    """The middle of an image, after :class:`Covering`; normalised."""
+    steps = [
+        Covering(config.image_size, config.crop_pct, InterpolationMode(config.interpolation)),
+        transforms.CenterCrop(config.image_size),
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ]
+    return WithLabel(transforms.Compose(steps))

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.training.checkpoint import find_resume, read_checkpoint
 from common.training.config import RunConfig, option, with_default
 from common.training.data import Batch, training_transform
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from common.training.loop import choose_precision
 from downstream.finetune import count_correct
 from downstream.labelled import WithLabel, draw_subset, middle, open_labelled, same_classes
 from downstream.lars import LARS
@@ -33,12 +35,14 @@ from downstream.training import (
     evaluation_batches,
     make_encoder,
     parse_task,
+    require_state_of,
     say_once,
     train_task,
 )
 from downstream.vit import MODELS, Encoder
 
 PROGRAM = "linear_probe"
+NAME = "linear probing"
 DESCRIPTION = (
     "Train linear classifiers on frozen features of one or many layers, and classify by k nearest neighbours. "
     "Defaults: MAE's protocol, 90 epochs of LARS with an effective batch of 16384."
@@ -76,7 +80,12 @@ class ProbeConfig(TaskConfig):
         "faster, a little lower; say so beside the number",
         group="data",
     )
-    knn: str = option("20", "numbers of neighbours such as 10,20,100 (from the images' middles); empty: no k-NN", group="run")
+    knn: str = option(
+        "20",
+        "numbers of neighbours such as 10,20,100 (from the images' middles); empty: no k-NN. Like --cache, keeps 4 bytes x "
+        "images x layers x width in memory on every rank: 4 GB for one layer of ViT-B on ImageNet",
+        group="run",
+    )
     subset: int = option(0, "train on so many images, drawn evenly over the classes by --seed; 0: all", group="data")
     crop_pct: float = option(0.875, "validation: side of the middle crop as a share of the shorter side", group="data")
     batch_size: int = with_default(RunConfig, "batch_size", 512)
@@ -99,6 +108,8 @@ class ProbeConfig(TaskConfig):
         self._require("drop_path", self.drop_path == 0, "must be 0: the encoder is frozen")
         self._require("layer_decay", self.layer_decay == 1, "must be 1: the encoder is frozen")
         self._require("layer", bool(self.layers), f"must be all, or blocks of 0 to {self.depth - 1} such as 5,8,-1")
+        alone = len(self.layers) == 1 or self.clip_grad is None
+        self._require("clip_grad", alone, "must be left out for several layers: it would tie their heads together")
         self._require("knn", self.knn == "" or bool(self.neighbours), "must be counts such as 10,20, or empty")
         self._require("crop_pct", 0 < self.crop_pct <= 1, "must be in (0, 1]")
 
@@ -198,10 +209,12 @@ def probe_loss(model: nn.Module, batch: Batch) -> Tensor:
 def extract(model: Probes, source: Any, config: ProbeConfig, processes: Processes) -> tuple[Tensor, Tensor]:
     """Features float32 [n, L, D] and classes [n] of all images' middles, in the order of the set, on the CPU of every rank."""
     model.eval()
-    found = [
-        (batch.sample_ids.cpu(), model.features(batch.images).float().cpu(), batch.views[1].cpu())
-        for batch in evaluation_batches(source, middle(config), config, processes)
-    ]
+    precision = choose_precision(config, processes.device)
+    found = []
+    for batch in evaluation_batches(source, middle(config), config, processes):
+        with torch.autocast(processes.device.type, precision, enabled=precision != torch.float32):  # as in the run
+            features = model.features(batch.images)
+        found.append((batch.sample_ids.cpu(), features.float().cpu(), batch.views[1].cpu()))
     mine = tuple(torch.cat(parts) for parts in zip(*found, strict=True)) if found else None
     everyone = [part for part in processes.gather(mine) if part is not None]
     ids, features, labels = (torch.cat(parts) for parts in zip(*everyone, strict=True))
@@ -209,7 +222,7 @@ def extract(model: Probes, source: Any, config: ProbeConfig, processes: Processe
     return features[order], labels[order]
 
 
-def knn_votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int, chunk: int = 1024) -> Tensor:
+def knn_votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int, chunk: int = 256) -> Tensor:
     """Votes of the k most similar training images, each weighted by exp(cosine / 0.07).
 
     Args:
@@ -222,7 +235,7 @@ def knn_votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, classes: in
         [B, C], higher is better.
     """
     bank, queries = functional.normalize(bank, dim=1), functional.normalize(queries, dim=1)
-    votes = torch.zeros(len(queries), classes)
+    votes = torch.zeros(len(queries), classes, device=queries.device)
     for first in range(0, len(queries), chunk):
         near = (queries[first : first + chunk] @ bank.T).topk(min(k, len(bank)), dim=1)
         weights = ((near.values - 1) / KNN_TEMPERATURE).exp()  # minus one: no overflow, and the same order
@@ -231,7 +244,13 @@ def knn_votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, classes: in
 
 
 class Evaluation:
-    """Accuracy of every probed layer on cached validation features, and of k-NN once."""
+    """Accuracy of every probed layer on cached validation features, and of k-NN once.
+
+    Args:
+        val: features [n, L, D] and classes [n] of the validation images.
+        train: those of the training images, or None without k-NN.
+        trained: whether the heads are worth a number; else there are only those of k-NN.
+    """
 
     def __init__(
         self,
@@ -240,8 +259,9 @@ class Evaluation:
         train: tuple[Tensor, Tensor] | None,
         classes: int,
         processes: Processes,
+        trained: bool = True,
     ) -> None:
-        self.config, self.processes, self.classes = config, processes, classes
+        self.config, self.processes, self.classes, self.trained = config, processes, classes, trained
         mine = slice(processes.rank, None, processes.world)
         self.features, self.labels = val[0][mine], val[1][mine]
         self.knn = self._knn(*train) if train is not None else {}
@@ -257,8 +277,8 @@ class Evaluation:
             sums += torch.stack([count_correct(logits[:, place], labels) for place in range(len(names))])
         shares = self.processes.sum(sums)
         shares = 100 * shares[:, 1:3] / shares[:, :1]  # [L, (top-1, top-5)]
-        numbers = self._named(shares, names)
-        curves = {"linear": shares[:, 0].tolist(), **self._curves()}
+        numbers = self._named(shares, names) if self.trained else {}
+        curves = {**({"linear": shares[:, 0].tolist()} if self.trained else {}), **self._curves()}
         drawn = draw_layers(list(model.layers), curves) if len(names) > 1 and self.processes.is_main else {}
         return Scores({**numbers, **self.knn}, drawn)
 
@@ -281,8 +301,9 @@ class Evaluation:
         return numbers
 
     def _knn_share(self, bank: Tensor, labels: Tensor, place: int, k: int) -> float:
-        votes = knn_votes(bank, labels, self.features[:, place], k, self.classes)
-        counts = torch.tensor([int((votes.argmax(dim=1) == self.labels).sum()), len(self.labels)], dtype=torch.float64)
+        near, bank, labels = (one.to(self.processes.device) for one in (self.features[:, place], bank, labels))
+        votes = knn_votes(bank, labels, near, k, self.classes)
+        counts = torch.tensor([int((votes.argmax(dim=1).cpu() == self.labels).sum()), len(self.labels)], dtype=torch.float64)
         right, seen = self.processes.sum(counts.to(self.processes.device)).tolist()
         return 100 * right / seen
 
@@ -311,13 +332,25 @@ def make_task(config: ProbeConfig, processes: Processes) -> Task:
     source: Any = draw_subset(train, config.subset, config.seed)
     if config.neighbours and max(config.neighbours) > len(source):
         raise BadInput(f"--knn {config.knn}: more neighbours than the {len(source)} training images")
-    say = say_once(processes)
-    norm = nn.LayerNorm(MODELS[config.model].keywords["width"], eps=1e-6) if config.norm else None
-    encoder = make_encoder(config, say, norm if config.init_from else None)
+    resumed = find_resume(config)
+    if config.eval_only and resumed is None and not config.neighbours:
+        raise BadInput("--eval_only: no trained heads (--resume) and no neighbours (--knn), nothing to evaluate")
+    if resumed is not None:
+        require_state_of(NAME, read_checkpoint(resumed), resumed)
+    last = config.layers[-1] == config.depth - 1
+    norm = nn.LayerNorm(MODELS[config.model].keywords["width"], eps=1e-6) if config.norm and last else None
+    # A run goes on with the encoder it began with, whatever --init_from says now: features are made before it is resumed.
+    weights = str(resumed or config.init_from)
+    encoder = make_encoder(config, say_once(processes), norm if weights else None, weights=weights)
     model = Probes(encoder, config.layers, config.pool, norm, len(train.classes)).to(processes.device)
     cached = extract(model, source, config, processes) if config.cache or config.neighbours else None
     evaluate = Evaluation(
-        config, extract(model, val, config, processes), cached if config.neighbours else None, len(train.classes), processes
+        config,
+        extract(model, val, config, processes),
+        cached if config.neighbours else None,
+        len(train.classes),
+        processes,
+        trained=not config.eval_only or resumed is not None,
     )
     if config.cache and cached is not None:
         data: Any = FeatureSource(*cached, source.name)
@@ -325,7 +358,7 @@ def make_task(config: ProbeConfig, processes: Processes) -> Task:
     else:
         data, transform = source, WithLabel(training_transform(config))
     return Task(
-        name="linear probing",
+        name=NAME,
         model=model,
         source=data,
         transform=transform,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common.model_names import patch_size_of
-from common.training.checkpoint import FREE_TO_CHANGE, differences, read_checkpoint
+from common.training.checkpoint import FREE_TO_CHANGE, differences, find_resume, read_checkpoint
 from common.training.config import LoopConfig, RunConfig, option, parse_flags, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, count_workers
 from common.training.distributed import Processes, start_processes
@@ -27,7 +27,7 @@ from common.training.loop import Collate, Loop
 from common.training.optim import EncoderEMA, lr_after
 from common.training.runlog import run_facts
 from common.training.stopwatch import Stopwatch
-from downstream.vit import MODELS, Encoder, Method, build_encoder, layer_of
+from downstream.vit import METHODS, MODELS, Encoder, Method, build_encoder, layer_of
 from downstream.weights import find_encoder, load_encoder
 
 
@@ -49,14 +49,21 @@ class TaskConfig(LoopConfig):
     init_from: str = option("", "pre-trained checkpoint, ours or official; empty: random weights", group="model")
     drop_path: float = option(0.1, "rate at the last block, growing linearly from 0", group="model")
     layer_scale: float | None = option(
-        None, "BEiT, SimMIM: start of the factors on branches where --init_from has none (official BEiT-L: 1e-5)", group="model"
+        None,
+        "BEiT, SimMIM: first value of the factors on branches, without --init_from (default: 0.1; official BEiT-L: 1e-5); "
+        "0: there are none, nor in --init_from",
+        group="model",
     )
     checkpointing: bool = option(False, "compute each block again in the backward pass: less memory, more time", group="model")
     layer_decay: float = option(
         0.65, "each block's learning rate is this times that of the next one; 1: all alike", group="optimisation"
     )
     eval_freq: int = option(1, "evaluate every so many epochs, and after the last", group="run")
-    eval_only: bool = option(False, "evaluate and leave: --resume PATH, or the weights that are found by it", group="run")
+    eval_only: bool = option(
+        False,
+        "evaluate and leave: the checkpoint that --resume finds, else --init_from. Flags of optimisation and run may then differ",
+        group="run",
+    )
     pictures: int = option(4, "how many validation images are drawn with predictions; 0: none", group="run")
     epochs: int = with_default(RunConfig, "epochs", 100)
     warmup_epochs: float = with_default(RunConfig, "warmup_epochs", 5)
@@ -66,6 +73,8 @@ class TaskConfig(LoopConfig):
         super().__post_init__()
         self._at_least(1, "eval_freq")
         self._at_least(0, "pictures")
+        if self.layer_scale is not None:
+            self._at_least(0, "layer_scale")
         self._require("model", self.model in MODELS, f"must be one of {', '.join(MODELS)}")
         self._require("drop_path", 0 <= self.drop_path < 1, "must be in [0, 1)")
         self._require("layer_decay", 0 < self.layer_decay <= 1, "must be in (0, 1]")
@@ -122,17 +131,24 @@ class Task:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+FREE_IN_EVALUATION = frozenset(("init_from", "drop_path", "checkpointing", "layer_decay"))
+"""Flags of the model that do not matter to the scores of given weights; nor do all that are not of the model, but two."""
+
+
 def check_same_task(state: dict[str, Any], path: Path, config: TaskConfig, effective_batch: int, samples: int) -> None:
-    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run of a task with these settings."""
-    if "scores" not in state:
-        raise BadInput(f"checkpoint {path}: has no state of this task to resume; --init_from takes its encoder")
-    free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing", *config.evaluation_flags}
+    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run of a task with these settings.
+
+    Under --eval_only, unless it holds the same model: how it was trained, and on how many ranks, may differ.
+    """
+    evaluating = config.eval_only
+    free = _free_in_evaluation(config) if evaluating else FREE_TO_CHANGE | FREE_IN_A_TASK | set(config.evaluation_flags)
     differs = differences(state["config"], asdict(config), free)
     for name, mine in (("effective_batch", effective_batch), ("samples", samples)):
-        if state[name] != mine and not config.eval_only:  # a model is judged alike on any number of ranks
+        if state[name] != mine and not evaluating:
             differs.append(f"{name} {state[name]} -> {mine}")
     if differs:
-        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+        hint = "evaluation needs the same model" if evaluating else "--resume none starts anew"
+        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} ({hint})")
 
 
 class Supervised(Loop):
@@ -168,10 +184,25 @@ class Supervised(Loop):
         return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(config.beta1, config.beta2))
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
+        require_state_of(self.task.name, state, path)
         check_same_task(state, path, self.config, self.batches.effective_batch, len(self.samples))
 
+    def _load_checkpoint(self, path: Path) -> None:
+        if not self.config.eval_only:
+            super()._load_checkpoint(path)
+            return
+        state = read_checkpoint(path)
+        self._check_same_run(state, path)
+        kept = {"validation_images"}  # another validation set may be evaluated
+        if any(state["facts"].get(key) != value for key, value in self.facts.items() if key not in kept):
+            raise BadInput(f"checkpoint {path}: made with {state['facts']}, this evaluation has {self.facts}")
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.log.say(f"evaluating {path}, epoch {state['epoch'] + 1}, update {state['update']}")
+
     def _state_of_task(self) -> dict[str, Any]:
-        return {"scores": self.scores, "best": self.best}
+        return {"task": self.task.name, "scores": self.scores, "best": self.best}
 
     def _load_state_of_task(self, state: dict[str, Any]) -> None:
         self.scores, self.best = dict(state["scores"]), dict(state["best"])
@@ -229,8 +260,11 @@ class Supervised(Loop):
         """Evaluates, says the numbers, and writes pictures."""
         scores = self.evaluate()
         self.log.say(f"{self.task.name}: {shown(scores.numbers)}")
-        if self.processes.is_main:
-            Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
+        if self.processes.is_main and scores.pictures:
+            try:
+                Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"--output_dir {self.config.output_dir}: {error.strerror}") from None
             self._draw(scores, 0)
 
     def _draw(self, scores: Scores, update: int) -> None:
@@ -248,13 +282,26 @@ class Supervised(Loop):
         self.processes.barrier()
 
 
+FREE_IN_A_TASK = frozenset(("eval_freq", "eval_only", "pictures", "checkpointing"))
+"""Flags besides FREE_TO_CHANGE that a resumed run may change."""
+
+
+def _free_in_evaluation(config: TaskConfig) -> frozenset[str]:
+    """Flags that may differ from those of the run whose weights are evaluated."""
+    others = {one.name for one in fields(config) if one.metadata.get("group") != "model"}
+    return frozenset(others - {"input_size", "model_ema"}) | FREE_IN_EVALUATION
+
+
 def parse_task(config_class: type[AnyTask], program: str, description: str, argv: Sequence[str]) -> AnyTask:
     """Command line -> checked configuration, in which --method says what it is: checkpoints then tell BEiT from SimMIM.
 
     Raises:
         BadInput: see `parse_flags`, and :func:`choose_method`.
     """
-    return with_method(parse_flags(config_class, program, description, argv))
+    config = parse_flags(config_class, program, description, argv)
+    if config.eval_only and not config.init_from and find_resume(config) is None:
+        raise BadInput("--eval_only: no weights to evaluate; give --resume PATH or --init_from PATH")
+    return with_method(config)
 
 
 def with_method(config: AnyTask) -> AnyTask:
@@ -292,16 +339,29 @@ def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: typ
         processes.close()
 
 
-def make_encoder(config: TaskConfig, say: Callable[[str], None], norm: nn.LayerNorm | None = None, **more: Any) -> Encoder:
+def require_state_of(task: str, state: dict[str, Any], path: Path) -> None:
+    """Raises BadInput unless a checkpoint is of a run of the task that bears this name."""
+    if "scores" not in state or state.get("task") != task:
+        raise BadInput(f"checkpoint {path}: has no state of {task} to resume; --init_from takes its encoder")
+
+
+def make_encoder(
+    config: TaskConfig,
+    say: Callable[[str], None],
+    norm: nn.LayerNorm | None = None,
+    weights: str | None = None,
+    **more: Any,
+) -> Encoder:
     """The encoder that the flags name, with the weights of --init_from.
 
     Args:
         say: told in one line what was loaded.
         norm: takes the last norm of pre-training, if given.
+        weights: checkpoint in the place of --init_from; empty: none.
         more: see :class:`Encoder`.
     """
     method = choose_method(config)
-    if config.layer_scale is not None and method != "mae":
+    if config.layer_scale is not None:
         more["layer_scale"] = config.layer_scale
     try:
         encoder = build_encoder(
@@ -309,8 +369,9 @@ def make_encoder(config: TaskConfig, say: Callable[[str], None], norm: nn.LayerN
         )
     except ValueError as error:
         raise BadInput(f"--model {config.model}: {error}") from None
-    if config.init_from:
-        say(load_encoder(encoder, Path(config.init_from), norm=norm))
+    path = config.init_from if weights is None else weights
+    if path:
+        say(load_encoder(encoder, Path(path), norm=norm))
     return encoder
 
 
@@ -320,7 +381,7 @@ def say_once(processes: Processes) -> Callable[[str], None]:
 
 
 def choose_method(config: TaskConfig) -> Method:
-    """--method, or whose encoder --init_from holds.
+    """--method; or whose encoder --init_from holds; or, without it, the method of the run that is resumed; or mae.
 
     Raises:
         BadInput: a fine-tuned checkpoint that two methods could have made.
@@ -328,7 +389,10 @@ def choose_method(config: TaskConfig) -> Method:
     if config.method != "auto":
         return config.method
     if not config.init_from:
-        return "mae"
+        resumed = find_resume(config)
+        held = read_checkpoint(resumed).get("config") if resumed is not None else None
+        said = held.get("method") if isinstance(held, dict) else None
+        return said if said in METHODS else "mae"
     path = Path(config.init_from)
     methods = find_encoder(read_checkpoint(path), path).methods
     if len(methods) > 1:
@@ -362,10 +426,11 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every sample of `source` exactly once over all ranks, in batches on this rank's device.
 
-    Rank r gets samples r, r + ranks, ...; shares may differ by one, and no sample is repeated to even them out.
+    Rank r gets samples r, r + ranks, ...; shares may differ by one, and no sample is repeated to even them out. All
+    ranks must take all of their batches: at the end they tell each other what they could not read.
 
     Raises:
-        BadInput: an unreadable image; names it.
+        BadInput: unreadable images, on every rank and at the end; names all of them, so that they can be seen to at once.
     """
     keys = [(0, index) for index in range(processes.rank, len(source), processes.world)]
     size = config.batch_size
@@ -377,10 +442,15 @@ def evaluation_batches(
         pin_memory=config.pin_mem and processes.device.type == "cuda",
         worker_init_fn=shield_worker,
     )
+    bad: list[str] = []
     for batch in loader:
-        if batch.bad:
-            raise BadInput(f"unreadable validation image {'; '.join(batch.bad)}")
-        yield batch.to(processes.device)
+        bad += batch.bad
+        if not bad:
+            yield batch.to(processes.device)
+    everywhere = [line for rank in processes.gather(bad) for line in rank]
+    if everywhere:
+        shown_first = "; ".join(everywhere[:8]) + (f"; and {len(everywhere) - 8} more" if len(everywhere) > 8 else "")
+        raise BadInput(f"unreadable image {shown_first} (an evaluation needs all)")
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:

@@ -32,7 +32,7 @@ from common.training.checkpoint import read_checkpoint
 from common.training.errors import BadInput
 from downstream.vit import Encoder, GridAttention, Method
 
-TASKS = ("head.", "fc_norm.", "norm.", "decoder.", "auxiliary.", "neck.", "rpn.", "roi_heads.")
+TASKS = ("head.", "heads.", "fc_norm.", "norm.", "decoder.", "auxiliary.", "neck.", "rpn.", "roi_heads.")
 """What a fine-tuned model has besides its encoder."""
 
 LEFT_OUT: dict[Method, tuple[str, ...]] = {
@@ -65,8 +65,8 @@ class Found:
         return int("cls_token" in self.weights)
 
     def named(self, key: str) -> Tensor | None:
-        """A tensor of the encoder; of the last norm also one that stands beside a nested encoder."""
-        return self.weights.get(key, self.others.get(key) if key.startswith("norm.") else None)
+        """A tensor of the encoder; of norms and head also one that stands beside a nested encoder."""
+        return self.weights.get(key, self.others.get(key) if key.startswith(("norm.", "fc_norm.", "head.")) else None)
 
     @property
     def patch_size(self) -> int:

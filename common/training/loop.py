@@ -158,6 +158,8 @@ class Loop:
         """
         with self.interruption:
             self._announce()
+            if self.first_epoch < self.epochs:
+                self.log.forget_result()
             loader = make_loader(self.samples, self.batches, self.config, self.processes, self.collate)
             for epoch in range(self.first_epoch, self.epochs):
                 self._before_epoch(epoch)

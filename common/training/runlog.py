@@ -45,8 +45,6 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"--output_dir {self.folder}: {error.strerror}") from None
-        if not facts["resumed_from"]:
-            (self.folder / RESULT).unlink(missing_ok=True)
         self._write_run_json(facts)
         log = self.folder / "log.txt"
         lines = log.read_text().splitlines() if log.exists() else []
@@ -73,6 +71,11 @@ class RunLog:
         """A picture [H, W, 3] uint8 for TensorBoard."""
         if self.writer:
             self.writer.add_image(name, picture, update, dataformats="HWC")
+
+    def forget_result(self) -> None:
+        """Removes the result of an earlier run in this folder: called when there is something left to train."""
+        if self.active:
+            (self.folder / RESULT).unlink(missing_ok=True)
 
     def result(self, task: str, config: RunConfig, metrics: dict[str, Any], **more: Any) -> Path:
         """Writes result.json: the last numbers, and what they are of. Called when the run is finished."""
