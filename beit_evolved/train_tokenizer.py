@@ -151,6 +151,7 @@ class TokenizerTraining:
                 if interruption.requested and epoch + 1 < self.config.epochs:
                     raise Interrupted(f"asked to stop; saved {self.config.output_dir} after epoch {epoch + 1}")
         self.log.close()
+        self.log.result("tokenizer", self.config, {"epoch": self.config.epochs - 1})
         folder = Path(self.config.output_dir)
         self.log.say(f"tokenizer    {folder / OWN_FILE}")
         self.log.say(f"TensorBoard  tensorboard --logdir {self.log.tensorboard_folder}  (reconstructions, codebook usage)")

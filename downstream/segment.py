@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.training.checkpoint import find_resume
-from common.training.config import LrSchedule, RunConfig, option, parse_flags, with_default
+from common.training.config import LrSchedule, RunConfig, option, with_default
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
@@ -38,7 +38,7 @@ from downstream.segmentation_data import (
 )
 from downstream.segmentation_inference import Predictor
 from downstream.segmentation_pictures import can_draw_confusion, draw_confusion, stacked, triptych
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, train_task
+from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, train_task
 from downstream.upernet import NormKind, UperNet, resized
 
 PROGRAM = "downstream.segment"
@@ -239,11 +239,7 @@ def build(config: SegmentConfig, processes: Processes) -> Task:
     """
     if config.eval_only and find_resume(config) is None:
         raise BadInput("--eval_only needs a trained model: --resume CHECKPOINT, or one in --output_dir")
-    root = Path(config.data_path)
-    if not root.is_dir():
-        raise BadInput(f"--data_path {root}: no such folder")
-    names = class_names(root, config.classes)
-    training, validation = (SegmentationSource(root, split, len(names)) for split in ("training", "validation"))
+    names, training, validation = open_sets(config)
     say = print if processes.is_main else _silent
     if config.pictures and not can_draw_confusion():
         say("no picture of the confusion matrix: matplotlib is not installed (requirements-demo.txt)")
@@ -259,6 +255,24 @@ def build(config: SegmentConfig, processes: Processes) -> Task:
         metric="mIoU",
         facts={"classes": names, "feature_blocks": list(model.blocks)},
     )
+
+
+def open_sets(config: SegmentConfig) -> tuple[list[str], SegmentationSource, SegmentationSource]:
+    """Names of the classes, training and validation set.
+
+    Raises:
+        BadInput: not in ADE20K's layout.
+    """
+    root = Path(config.data_path)
+    if not root.is_dir():
+        raise BadInput(f"--data_path {root}: no such folder")
+    names = class_names(root, config.classes)
+    return names, SegmentationSource(root, "training", len(names)), SegmentationSource(root, "validation", len(names))
+
+
+def check_data(config: SegmentConfig) -> None:
+    """What a launcher checks before it asks for a GPU. Raises BadInput: not in ADE20K's layout."""
+    open_sets(config)
 
 
 def make_model(config: SegmentConfig, classes: int, processes: Processes, say: Callable[[str], None]) -> UperNet:
@@ -286,7 +300,7 @@ def _silent(text: str) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, trains and evaluates."""
-    config = parse_flags(SegmentConfig, PROGRAM, DESCRIPTION, argv)
+    config = parse_task(SegmentConfig, PROGRAM, DESCRIPTION, argv)
     train_task(config, lambda processes: build(config, processes))
 
 

@@ -5,12 +5,11 @@ The loop itself is common/training/loop.py, the same as in pre-training.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,20 +18,17 @@ from torch.utils.data import DataLoader
 
 from common.model_names import patch_size_of
 from common.training.checkpoint import FREE_TO_CHANGE, differences, read_checkpoint
-from common.training.config import LoopConfig, RunConfig, option, with_default
+from common.training.config import LoopConfig, RunConfig, option, parse_flags, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, count_workers
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput
 from common.training.interrupt import shield_worker
 from common.training.loop import Collate, Loop
 from common.training.optim import EncoderEMA, lr_after
-from common.training.runlog import run_facts, write_text
+from common.training.runlog import run_facts
 from common.training.stopwatch import Stopwatch
 from downstream.vit import MODELS, Encoder, Method, build_encoder, layer_of
 from downstream.weights import find_encoder, load_encoder
-
-RESULT = "result.json"
-"""Written when a run is finished, and only then."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +72,14 @@ class TaskConfig(LoopConfig):
         patch = patch_size_of(self.model)
         divisible = not any(size % patch for size in self.image_size)
         self._require("input_size", divisible, f"must be divisible by the patch size {patch} of {self.model}")
-        if self.init_from and not Path(self.init_from).is_file():
-            raise BadInput(f"--init_from {self.init_from}: no such file")
 
     @property
     def total_updates(self) -> int:
         """Length of the run in updates where a task counts so; 0: --epochs says it."""
         return 0
+
+
+AnyTask = TypeVar("AnyTask", bound=TaskConfig)
 
 
 @dataclass
@@ -107,7 +104,7 @@ class Task:
         model: with the encoder as `encoder`.
         source: training samples.
         transform: sample -> views.
-        loss: (model, batch) -> the mean over the batch.
+        loss: (model, batch) -> the mean over the batch; or several by names that begin with `loss_`, which are summed.
         evaluate: model in evaluation mode -> scores, the same on every rank.
         metric: the number that says which epoch was best; higher is better.
         collate: samples -> batch.
@@ -118,11 +115,24 @@ class Task:
     model: nn.Module
     source: Any
     transform: Transform
-    loss: Callable[[nn.Module, Batch], Tensor]
+    loss: Callable[[nn.Module, Batch], Tensor | dict[str, Tensor]]
     evaluate: Callable[[nn.Module], Scores]
     metric: str
     collate: Collate = collate
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def check_same_task(state: dict[str, Any], path: Path, config: TaskConfig, effective_batch: int, samples: int) -> None:
+    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run of a task with these settings."""
+    if "scores" not in state:
+        raise BadInput(f"checkpoint {path}: has no state of this task to resume; --init_from takes its encoder")
+    free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing", *config.evaluation_flags}
+    differs = differences(state["config"], asdict(config), free)
+    for name, mine in (("effective_batch", effective_batch), ("samples", samples)):
+        if state[name] != mine and not config.eval_only:  # a model is judged alike on any number of ranks
+            differs.append(f"{name} {state[name]} -> {mine}")
+    if differs:
+        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
 
 
 class Supervised(Loop):
@@ -158,15 +168,7 @@ class Supervised(Loop):
         return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(config.beta1, config.beta2))
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        if "scores" not in state:
-            raise BadInput(f"checkpoint {path}: has no state of {self.task.name} to resume; --init_from takes its encoder")
-        free = FREE_TO_CHANGE | {"eval_freq", "eval_only", "pictures", "checkpointing", *self.config.evaluation_flags}
-        differs = differences(state["config"], asdict(self.config), free)
-        for name, mine in (("effective_batch", self.batches.effective_batch), ("samples", len(self.samples))):
-            if state[name] != mine and not self.config.eval_only:  # a model is judged alike on any number of ranks
-                differs.append(f"{name} {state[name]} -> {mine}")
-        if differs:
-            raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+        check_same_task(state, path, self.config, self.batches.effective_batch, len(self.samples))
 
     def _state_of_task(self) -> dict[str, Any]:
         return {"scores": self.scores, "best": self.best}
@@ -189,9 +191,18 @@ class Supervised(Loop):
         )
 
     def _loss(self, batch: Batch, watch: Stopwatch) -> Callable[[], Tensor]:
-        return lambda: self.task.loss(self.trained, batch)
+        return lambda: self._summed(self.task.loss(self.trained, batch))
+
+    def _summed(self, losses: Tensor | dict[str, Tensor]) -> Tensor:
+        """The sum of named losses, each of which is also counted; the log shows those of the main rank."""
+        if isinstance(losses, Tensor):
+            return losses
+        self._add(**{name: float(value.detach()) / self.config.accum_iter for name, value in losses.items()})
+        return torch.stack(list(losses.values())).sum()
 
     def _after_epoch(self, epoch: int, line: dict[str, Any]) -> None:
+        terms = {name: value / self.meters["updates"] for name, value in self.meters.items() if name.startswith("loss_")}
+        line.update(terms)
         if (epoch + 1) % self.config.eval_freq and epoch + 1 != self.epochs:
             return
         scores = self.evaluate()
@@ -208,6 +219,7 @@ class Supervised(Loop):
         """Scores of the model, or of its moving average where there is one."""
         judged = self.ema.model if self.ema is not None else self.model
         judged.eval()
+        self.processes.share(judged.buffers())  # each rank has its own statistics of batch norms
         with torch.no_grad(), self._autocast():
             scores = self.task.evaluate(judged)
         self.model.train()
@@ -229,20 +241,37 @@ class Supervised(Loop):
 
     def _finish(self) -> None:
         self.log.close()
-        path = Path(self.config.output_dir) / RESULT
-        if self.processes.is_main:
-            write_result(path, self.task.name, self.config, self.scores, self.best, self.task.facts)
+        path = self.log.result(self.task.name, self.config, self.scores, best=self.best, facts=self.task.facts)
         self.log.say(f"{self.task.name}: {shown({key: self.scores[key] for key in self.scores if key != 'epoch'})}")
         self._say_where()
         self.log.say(f"result       {path}")
         self.processes.barrier()
 
 
-def train_task(config: TaskConfig, build: Callable[[Processes], Task]) -> None:
+def parse_task(config_class: type[AnyTask], program: str, description: str, argv: Sequence[str]) -> AnyTask:
+    """Command line -> checked configuration, in which --method says what it is: checkpoints then tell BEiT from SimMIM.
+
+    Raises:
+        BadInput: see `parse_flags`, and :func:`choose_method`.
+    """
+    return with_method(parse_flags(config_class, program, description, argv))
+
+
+def with_method(config: AnyTask) -> AnyTask:
+    """The same configuration with "auto" replaced by the method that it stands for.
+
+    Raises:
+        BadInput: see :func:`choose_method`.
+    """
+    return replace(config, method=choose_method(config))
+
+
+def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: type[Supervised] = Supervised) -> None:
     """Trains, or evaluates under --eval_only, from the command line's configuration to result.json.
 
     Args:
         build: makes the task; the weights it starts from are drawn from --seed or loaded by it.
+        kind: of the run.
 
     Raises:
         BadInput: nothing usable in the data, the flags or the checkpoint.
@@ -254,7 +283,7 @@ def train_task(config: TaskConfig, build: Callable[[Processes], Task]) -> None:
         torch.manual_seed(config.seed)  # the same weights on every rank
         task = build(processes)
         samples = Samples(task.source, task.transform, config.seed, config.repeat)
-        run = Supervised(config, task, samples, RankBatches(len(samples), config, processes), processes)
+        run = kind(config, task, samples, RankBatches(len(samples), config, processes), processes)
         if config.eval_only:
             run.evaluate_only()
         else:
@@ -283,6 +312,11 @@ def make_encoder(config: TaskConfig, say: Callable[[str], None], norm: nn.LayerN
     if config.init_from:
         say(load_encoder(encoder, Path(config.init_from), norm=norm))
     return encoder
+
+
+def say_once(processes: Processes) -> Callable[[str], None]:
+    """Prints on the main rank only."""
+    return lambda line: print(line, flush=True) if processes.is_main else None
 
 
 def choose_method(config: TaskConfig) -> Method:
@@ -347,15 +381,6 @@ def evaluation_batches(
         if batch.bad:
             raise BadInput(f"unreadable validation image {'; '.join(batch.bad)}")
         yield batch.to(processes.device)
-
-
-def write_result(
-    path: Path, task: str, config: RunConfig, scores: dict[str, float], best: dict[str, float], facts: dict[str, Any]
-) -> None:
-    """result.json: what downstream/tables.py reads. Written whole or not at all, when the run is finished."""
-    settings = {one.name: getattr(config, one.name) for one in fields(config)}
-    held = {"task": task, "metrics": scores, "best": best, "seed": config.seed, "facts": facts, "config": settings}
-    write_text(path, json.dumps(held, indent=2) + "\n")
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:

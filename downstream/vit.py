@@ -62,9 +62,10 @@ class GridAttention(nn.Module):
             self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
             rows = (2 * self.reach[0] - 1) * (2 * self.reach[1] - 1) + 3 * prefix
             self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
-            # The class token is the first, and the last three rows of the table are its: both go together.
+            # The class token is the first, and the last three rows of the table are its: both go together. Saved as
+            # the official code does, but not where that has no such layout and a large grid would fill checkpoints.
             index = relative_position_index(*self.reach)[1 - prefix :, 1 - prefix :]
-            self.register_buffer("relative_position_index", index.contiguous())
+            self.register_buffer("relative_position_index", index.contiguous(), persistent=prefix > 0)
         self.qkv = BiasedLinear(width, 3 * width, bias=False) if biased else nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.fits = not window or not (grid_size[0] % window or grid_size[1] % window)
@@ -96,7 +97,8 @@ class GridAttention(nn.Module):
         """What is added to the scores, [1 or B*S, h or 1, T or 1, T] in the type of `query`, or None."""
         bias = None
         if self.biased:
-            bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None].to(query.dtype)
+            # Gathered in the type and memory layout that the fast kernels take: at 64 x 64 patches this is what is large.
+            bias = self.relative_position_bias_table.t().to(query.dtype)[:, self.relative_position_index][None]
         if self.fits:
             return bias
         # [V, h or 1, w*w or 1, w*w], one copy an image

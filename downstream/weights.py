@@ -44,7 +44,7 @@ LEFT_OUT: dict[Method, tuple[str, ...]] = {
 be missing. `norm.` is the last norm of pre-training, which :func:`load_encoder` loads on demand."""
 
 WRAPPERS = ("model", "module", "state_dict")
-SHARED_TABLE, SHARED_INDEX = "rel_pos_bias.relative_position_bias_table", "rel_pos_bias.relative_position_index"
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 TABLE, INDEX = ".relative_position_bias_table", "relative_position_index"
 TITLES: dict[Method, str] = {"mae": "MAE", "beit": "BEiT", "simmim": "SimMIM"}
 
@@ -65,8 +65,8 @@ class Found:
         return int("cls_token" in self.weights)
 
     def named(self, key: str) -> Tensor | None:
-        """A tensor of the encoder, or one besides."""
-        return self.weights.get(key, self.others.get(key))
+        """A tensor of the encoder; of the last norm also one that stands beside a nested encoder."""
+        return self.weights.get(key, self.others.get(key) if key.startswith("norm.") else None)
 
     @property
     def patch_size(self) -> int:
@@ -198,7 +198,8 @@ def _check_names(encoder: Encoder, found: Found, method: Method, last: dict[str,
         if held.shape[first:] != mine[key].shape[first:]
     ]
     used = wanted - copied | ({SHARED_TABLE} if shared else set())
-    rest = [key for key in (*found.weights, *found.others) if key not in used and not key.endswith(INDEX)]
+    rest = [key for key in found.weights if key not in used and not key.endswith(INDEX)]
+    rest += [key for key in found.others if key not in last]
     allowed = LEFT_OUT[method] if encoder.cls_token is not None else (*LEFT_OUT[method], "cls_token")
     left_over = [key for key in rest if not key.startswith(allowed)]
     problems = {"missing": missing, "not of this model": left_over, "of another shape": shapes}

@@ -37,17 +37,7 @@ LAST = "checkpoint-last.pth"
 FREE_TO_CHANGE = frozenset(
     (
         *("data_path", "download", "num_workers", "pin_mem", "on_bad_image", "batch_size", "accum_iter", "device", "compile"),
-        *(
-            "output_dir",
-            "log_dir",
-            "resume",
-            "init_from",
-            "dist_timeout",
-            "save_freq",
-            "save_steps",
-            "picture_epochs",
-            "picture_images",
-        ),
+        *("output_dir", "log_dir", "resume", "init_from", "save_freq", "save_steps", "picture_epochs", "picture_images"),
         "dist_timeout",
         "tokenizer",  # its content is checked instead, as one of the method's facts
     )
@@ -83,7 +73,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         # What official checkpoints hold their flags in: MAE and BEiT, then SimMIM.
-        with torch.serialization.safe_globals([argparse.Namespace, (_YacsNode, "yacs.config.CfgNode"), set]):
+        with torch.serialization.safe_globals([argparse.Namespace, (_YacsNode, "yacs.config.CfgNode")]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"checkpoint {path}: no such file") from None

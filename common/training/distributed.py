@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -48,6 +48,12 @@ class Processes:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def share(self, values: Iterable[Tensor]) -> None:
+        """Puts the main rank's values into those of all ranks."""
+        if self.world > 1:
+            for value in values:
+                dist.broadcast(value, 0)
 
     def barrier(self) -> None:
         """Waits for all ranks."""

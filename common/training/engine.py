@@ -9,6 +9,7 @@ B images of a rank and accumulation step   N patches
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,6 +133,7 @@ class Pretraining(Loop):
     ) -> None:
         super().__init__(config, method.model, samples, batches, processes, method.facts)
         self.mask_config, self.method, self.mask = mask_config, method, mask
+        self.last_loss = math.nan
         if self.resumed_from is None and config.init_from:
             self.log.say(load_weights(self.model, Path(config.init_from), method.may_miss))
         if mask_config.attention_from == "ema" and mask_config.uses_attention:
@@ -145,10 +147,11 @@ class Pretraining(Loop):
         check_same_run(state, path, self.config, self.mask_config, self.batches.effective_batch, len(self.samples))
 
     def _state_of_task(self) -> dict[str, Any]:
-        return {"mask": self.mask.state_dict(), "mask_config": asdict(self.mask_config)}
+        return {"mask": self.mask.state_dict(), "mask_config": asdict(self.mask_config), "last_loss": self.last_loss}
 
     def _load_state_of_task(self, state: dict[str, Any]) -> None:
         self.mask.load_state_dict(state["mask"])
+        self.last_loss = state.get("last_loss", math.nan)  # older checkpoints do not say it
 
     # --- the loop ---
 
@@ -187,6 +190,7 @@ class Pretraining(Loop):
 
     def _after_epoch(self, epoch: int, line: dict[str, Any]) -> None:
         spared = self.meters["skipped_attention"] / line["images"]
+        self.last_loss = line["train_loss"]
         line.update(alpha=self.mask.alpha, num_parts=self.mask.num_parts, skipped_attention=spared)
 
     def _told(self, line: dict[str, Any]) -> str:
@@ -226,5 +230,9 @@ class Pretraining(Loop):
         self._take_pictures(self.config.epochs)
         picture = self.pictures.compose() if self.processes.is_main and self.config.picture_images else None
         self.log.close()
+        self.log.result(
+            "pre-training", self.config, {"epoch": self.epochs - 1, "train_loss": self.last_loss}, method=self.method.name,
+            mask=asdict(self.mask_config), facts=self.facts,
+        )  # fmt: skip
         self._say_where(picture)
         self.processes.barrier()

@@ -22,6 +22,9 @@ from common.training.config import RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 
+RESULT = "result.json"
+"""Written when a run is finished, and only then: launchers and tables go by it."""
+
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "tensorboard", "submitit")
 
 
@@ -42,6 +45,8 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"--output_dir {self.folder}: {error.strerror}") from None
+        if not facts["resumed_from"]:
+            (self.folder / RESULT).unlink(missing_ok=True)
         self._write_run_json(facts)
         log = self.folder / "log.txt"
         lines = log.read_text().splitlines() if log.exists() else []
@@ -68,6 +73,14 @@ class RunLog:
         """A picture [H, W, 3] uint8 for TensorBoard."""
         if self.writer:
             self.writer.add_image(name, picture, update, dataformats="HWC")
+
+    def result(self, task: str, config: RunConfig, metrics: dict[str, Any], **more: Any) -> Path:
+        """Writes result.json: the last numbers, and what they are of. Called when the run is finished."""
+        path = self.folder / RESULT
+        if self.active:
+            held = {"task": task, "metrics": metrics, "seed": config.seed, **more, "config": asdict(config)}
+            write_text(path, json.dumps(held, indent=2) + "\n")
+        return path
 
     def close(self) -> None:
         """Flushes the events."""

@@ -135,8 +135,8 @@ def find_images(root: Path) -> list[Path]:
     train = root / "train"
     folder = train if train.is_dir() else root
     classes = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-    images = [path for one in classes for path in sorted(one.rglob("*")) if _is_image(path)]
-    images = images or [path for path in sorted(folder.iterdir()) if _is_image(path)]
+    images = [path for one in classes for path in sorted(one.rglob("*")) if is_image(path)]
+    images = images or [path for path in sorted(folder.iterdir()) if is_image(path)]
     if images:
         return images
     if not classes:
@@ -146,7 +146,8 @@ def find_images(root: Path) -> list[Path]:
     raise BadInput(f"--data_path {root}: no images in the {len(classes)} class folders of {folder} ({', '.join(IMG_EXTENSIONS)})")
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Whether it is a file with the name of an image."""
     return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
 
 
@@ -188,17 +189,25 @@ def _idx_folder(folder: Path) -> Path | None:
 
 
 def read_idx_images(folder: Path) -> np.ndarray:
-    """Training images of an MNIST-like set in the IDX format (magic 2051, then n, rows, columns): uint8 [n, H, W].
+    """Training images of an MNIST-like set: uint8 [n, H, W]."""
+    return read_idx(folder / "train-images-idx3-ubyte.gz")
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A gzipped file in the IDX format of MNIST: uint8 [n, H, W] of images, [n] of labels.
+
+    The header is big-endian int32: 0x0800 plus the number of dimensions, then the length of each.
 
     Raises:
-        BadInput: not such a file, or shorter than its header says.
+        BadInput: not such a file, or not of the length that its header says.
     """
-    path = folder / "train-images-idx3-ubyte.gz"
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
         raise BadInput(f"{path}: {error}") from None
-    header = np.frombuffer(raw[:16], dtype=">i4")
-    if len(header) < 4 or header[0] != 2051 or len(raw) != 16 + int(np.prod(header[1:].astype(np.int64))):
-        raise BadInput(f"{path}: not an IDX file of images, or cut short")
-    return np.frombuffer(raw, dtype=np.uint8, offset=16).reshape(header[1:])
+    dimensions = raw[3] if raw[:3] == b"\0\0\x08" and len(raw) > 3 else 0
+    lengths = np.frombuffer(raw[4 : 4 + 4 * dimensions], dtype=">i4").astype(np.int64)
+    first = 4 + 4 * dimensions
+    if dimensions not in (1, 3) or len(lengths) != dimensions or len(raw) != first + int(np.prod(lengths)):
+        raise BadInput(f"{path}: not an IDX file of bytes, or cut short")
+    return np.frombuffer(raw, dtype=np.uint8, offset=first).reshape(lengths)

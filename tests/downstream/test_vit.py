@@ -130,10 +130,10 @@ def test_biased_encoder_equals_transformers(method: Method) -> None:
     from transformers import BeitConfig, BeitModel
 
     config = BeitConfig(
-        image_size=(20, 28), patch_size=4, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96,
+        image_size=20, patch_size=4, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96,
         use_relative_position_bias=True, use_mask_token=False, layer_norm_eps=1e-6, drop_path_rate=0.0,
     )  # fmt: skip
-    encoder, theirs = made(method), BeitModel(config, add_pooling_layer=False).eval()
+    encoder, theirs = made(method, (20, 20)), BeitModel(config, add_pooling_layer=False).eval()
     copied = {}
     for key, value in encoder.state_dict().items():
         for name, other in RENAMED.items():
@@ -146,7 +146,7 @@ def test_biased_encoder_equals_transformers(method: Method) -> None:
     differs = theirs.load_state_dict(copied, strict=False)
     assert not differs.unexpected_keys
     assert set(differs.missing_keys) <= {"layernorm.weight", "layernorm.bias"}
-    images = torch.randn(2, 3, 20, 28)
+    images = torch.randn(2, 3, 20, 20)  # square: theirs mixes up the sides of the table when it is not
     hidden = theirs(images, output_hidden_states=True).hidden_states
     for one, other in zip(encoder(images, [0, 1, 2]), hidden[1:], strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
@@ -168,13 +168,18 @@ def test_every_parameter_learns(method: Method, options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("options", [{}, WINDOWS])
 def test_checkpointing_changes_no_gradient(options: dict[str, Any]) -> None:
-    """Also with drop path, which draws again from the same random state."""
-    gradients = []
+    """Also with drop path, which draws again from the same random state. Each block runs twice."""
+    gradients, runs = [], []
     for again in (False, True):
         encoder = made("beit", drop_path=0.5, checkpointing=again, **options).train()
+        calls: list[int] = []
+        for block in encoder.blocks:
+            block.mlp.fc1.register_forward_hook(lambda *_, calls=calls: calls.append(1))  # type: ignore[misc]
         torch.manual_seed(1)
         sum(tokens.square().mean() for tokens in encoder(torch.randn(4, 3, 20, 28), [0, 2])).backward()  # type: ignore[union-attr]
         gradients.append([value.grad for value in encoder.parameters()])
+        runs.append(len(calls))
+    assert runs == [3, 6]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 

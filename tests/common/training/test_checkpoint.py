@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_official_checkpoints_hold_a_namespace(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1.0)}, tmp_path / "official.pth")
     assert read_checkpoint(tmp_path / "official.pth")["args"].lr == 1.0
+
+
+def test_simmims_flags_are_read_without_yacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie in a dict of a class of yacs, with attributes of its own; they come back as plain dicts."""
+    node = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    flags = node({"DATA": node({"IMG_SIZE": 224}), "TAG": "one"})
+    flags.__deprecated_keys__, flags.__immutable__ = {"OLD"}, True
+    with monkeypatch.context() as with_yacs:
+        with_yacs.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        with_yacs.setitem(sys.modules, "yacs.config", types.ModuleType("yacs.config"))
+        sys.modules["yacs.config"].CfgNode = node  # type: ignore[attr-defined]
+        torch.save({"model": {"a": torch.ones(1)}, "config": flags}, tmp_path / "ckpt_epoch_0.pth")
+    monkeypatch.setitem(sys.modules, "yacs.config", None)  # type: ignore[arg-type]
+    read = read_checkpoint(tmp_path / "ckpt_epoch_0.pth")
+    assert read["config"] == {"DATA": {"IMG_SIZE": 224}, "TAG": "one"}
+    assert torch.equal(read["model"]["a"], torch.ones(1))
 
 
 class Evil:

@@ -90,7 +90,7 @@ def test_fashion_mnist_in_the_debian_layout(tmp_path: Path) -> None:
     assert source.load(1).getpixel((2, 1)) == (18, 18, 18)
     assert source.name(1) == "fashion-mnist[1]"
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()[:-1]))
-    with pytest.raises(BadInput, match=r"train-images-idx3-ubyte\.gz: not an IDX file of images, or cut short"):
+    with pytest.raises(BadInput, match=r"train-images-idx3-ubyte\.gz: not an IDX file of bytes, or cut short"):
         read_idx_images(tmp_path)
 
 

@@ -1,0 +1,212 @@
+"""Labelled images of a training or a validation set, and how they are transformed for classification.
+
+Layouts: ImageNet folders (`train/<class>/*`, `val/<class>/*`), torchvision's named sets, Debian's Fashion-MNIST.
+
+B images   C classes
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets, transforms
+from torchvision.transforms import InterpolationMode
+
+from common.training.config import RunConfig
+from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Transform
+from common.training.errors import BadInput
+from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource, FileSource, ImageSource, is_image, read_idx
+
+FASHION_CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class Labelled:
+    """Images with their classes.
+
+    Args:
+        images: the images.
+        labels: class of each, 0..C-1.
+        classes: names of the classes.
+    """
+
+    def __init__(self, images: ImageSource, labels: list[int], classes: list[str]) -> None:
+        self.images, self.labels, self.classes = images, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> tuple[Any, int]:
+        """(image, class)."""
+        return self.images.load(index), self.labels[index]
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+
+class Subset:
+    """Some samples of a set, in the order given."""
+
+    def __init__(self, whole: Labelled, indices: list[int]) -> None:
+        self.whole, self.indices, self.classes = whole, indices, whole.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> tuple[Any, int]:
+        """(image, class)."""
+        return self.whole.load(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.whole.name(self.indices[index])
+
+
+def draw_subset(whole: Labelled, count: int, seed: int) -> Labelled | Subset:
+    """`count` samples drawn without replacement, the same number of each class up to one; 0: all of them.
+
+    Raises:
+        BadInput: more than there are.
+    """
+    if count == 0:
+        return whole
+    labels = torch.tensor(whole.labels)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    turn = torch.empty_like(order)  # how many of the class came before, in the shuffled order
+    for label in range(len(whole.classes)):
+        mine = order[labels[order] == label]
+        turn[mine] = torch.arange(len(mine))
+    if count > len(whole):
+        raise BadInput(f"--subset {count}: there are {len(whole)} training images")
+    ranked = sorted(order.tolist(), key=lambda index: int(turn[index]))
+    return Subset(whole, sorted(ranked[:count]))
+
+
+def open_labelled(config: RunConfig, train: bool) -> Labelled:
+    """The training or the validation set that --dataset and --data_path name.
+
+    Raises:
+        BadInput: not there, or without labels; names the place.
+    """
+    kind = config.dataset
+    if kind == "auto":
+        kind = "folder"
+    if kind == "photos":
+        raise BadInput("--dataset photos has no labels; give --data_path, or a named set")
+    if kind == "folder":
+        return _folder(config, train)
+    images, labels, classes = _named_set(kind, config, train)
+    return Labelled(ArraySource(images, kind), [int(label) for label in labels], classes)
+
+
+def same_classes(train: Labelled, val: Labelled, where: str) -> None:
+    """Raises BadInput unless both sets name the same classes in the same order."""
+    differ = sorted(set(train.classes) ^ set(val.classes))
+    if train.classes != val.classes:
+        raise BadInput(f"--data_path {where}: train and val have different classes: {', '.join(differ[:8])}")
+
+
+def _folder(config: RunConfig, train: bool) -> Labelled:
+    if not config.data_path:
+        raise BadInput("--data_path is needed: a folder with train/<class>/ and val/<class>/")
+    folder = Path(config.data_path) / ("train" if train else "val")
+    if not folder.is_dir():
+        raise BadInput(f"--data_path {config.data_path}: no folder {folder} (expected train/<class>/ and val/<class>/)")
+    classes = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+    found = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*")) if is_image(path)]
+    if not found:
+        raise BadInput(f"--data_path {config.data_path}: no images in the class folders of {folder}")
+    return Labelled(FileSource([path for path, _ in found]), [label for _, label in found], classes)
+
+
+def _named_set(kind: str, config: RunConfig, train: bool) -> tuple[np.ndarray, Any, list[str]]:
+    """Images uint8 [n, H, W(, 3)], labels, names."""
+    root, download = config.data_path, config.download
+    if kind == "fashion-mnist" and not download and (folder := _debian_folder(root)):
+        part = "train" if train else "t10k"
+        return (
+            read_idx(folder / f"{part}-images-idx3-ubyte.gz"),
+            read_idx(folder / f"{part}-labels-idx1-ubyte.gz"),
+            [*FASHION_CLASSES],
+        )
+    try:
+        if kind == "stl10":
+            stl = datasets.STL10(root, split="train" if train else "test", download=download)
+            return stl.data.transpose(0, 2, 3, 1), stl.labels, list(stl.classes)
+        if kind == "fashion-mnist":
+            fashion = datasets.FashionMNIST(root or ".", train=train, download=download)
+            return fashion.data.numpy(), fashion.targets.tolist(), [*FASHION_CLASSES]
+        maker = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
+        cifar = maker(root, train=train, download=download)
+        return cifar.data, cifar.targets, list(cifar.classes)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--dataset {kind}: cannot be read from --data_path {root!r}: {reason}; --download fetches it") from None
+
+
+def _debian_folder(root: str) -> Path | None:
+    folder = Path(root) if root else DEBIAN_FASHION_MNIST
+    return folder if (folder / "train-images-idx3-ubyte.gz").is_file() else None
+
+
+# --- transforms: (image, class) -> (tensor [3, height, width], int64 scalar) ---
+
+
+class WithLabel:
+    """Applies an image transform and keeps the class beside it."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
+
+    def __call__(self, sample: tuple[Any, int]) -> tuple[Tensor, Tensor]:
+        image, label = sample
+        return self.transform(image), torch.tensor(label)
+
+
+def augmentation(config: Any) -> Transform:
+    """Random resized crop, flip, RandAugment or colour jitter, normalisation, random erasing.
+
+    RandAugment is timm's, whose magnitudes vary (`rand-m9-mstd0.5-inc1`), as in the fine-tuning of BEiT, MAE and SimMIM.
+    """
+    interpolation = InterpolationMode(config.interpolation)
+    steps: list[Any] = [transforms.RandomResizedCrop(config.image_size, scale=config.crop_scale, interpolation=interpolation)]
+    if config.flip:
+        steps.append(transforms.RandomHorizontalFlip())
+    if config.auto_augment:
+        steps.append(_rand_augment(config))
+    elif config.color_jitter:
+        steps.append(transforms.ColorJitter(*[config.color_jitter] * 3))
+    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    if config.random_erasing:
+        steps.append(transforms.RandomErasing(config.random_erasing, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"))
+    return WithLabel(transforms.Compose(steps))
+
+
+def _rand_augment(config: Any) -> Transform:
+    from timm.data.auto_augment import rand_augment_transform
+
+    height, width = config.image_size
+    fill = tuple(round(255 * value) for value in IMAGENET_MEAN)
+    settings = {"translate_const": int(min(height, width) * 0.45), "img_mean": fill}
+    try:
+        return rand_augment_transform(config.auto_augment, settings)
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise BadInput(
+            f"--auto_augment {config.auto_augment!r}: not a RandAugment of timm such as rand-m9-mstd0.5-inc1: {error}"
+        ) from None
+
+
+def middle(config: Any) -> Transform:
+    """The shorter side to input_size / crop_pct, then the middle; normalised. Non-square inputs are covered likewise."""
+    height, width = config.image_size
+
+    def resized(image: Any) -> Any:
+        scale = max(height / image.height, width / image.width) / config.crop_pct
+        size = (round(image.height * scale), round(image.width * scale))
+        return transforms.functional.resize(image, list(size), InterpolationMode(config.interpolation))
+
+    steps = [transforms.Lambda(resized), transforms.CenterCrop((height, width)), transforms.ToTensor()]
+    return WithLabel(transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]))

@@ -1,0 +1,1 @@
+"""Jobs on a cluster: batch scripts, what they check before submission, and the same through submitit."""

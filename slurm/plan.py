@@ -1,0 +1,235 @@
+"""What a job will run, found out and checked before it is submitted: `python -m slurm.plan --help`.
+
+The same is checked again as a job's first act, so that `sbatch` on a script ends with the same line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.mask_config import MaskConfig
+from common.training.checkpoint import FREE_TO_CHANGE, check_same_run, differences, find_resume, read_checkpoint
+from common.training.config import RunConfig, TrainConfig, parse_arguments, parse_flags
+from common.training.errors import BadInput, run_cli
+from common.training.sources import find_images, open_source
+from downstream.training import TaskConfig, check_same_task, with_method
+from slurm.upstream import official_command
+
+PROGRAM = "slurm.plan"
+WORKED_OUT = ("batch_size", "accum_iter")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What is asked of the cluster, as far as the training depends on it.
+
+    Attributes:
+        nodes, ranks_per_node: processes of the run; a rank is a GPU, or a CPU process where there are none.
+        effective_batch: images an update, which the recipe states.
+        batch_per_rank: images that a rank can hold at once.
+
+    Raises:
+        BadInput: a value below 1.
+    """
+
+    nodes: int
+    ranks_per_node: int
+    effective_batch: int
+    batch_per_rank: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise BadInput(f"{name.replace('_', ' ')} must be 1 or more, got {value}")
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the run."""
+        return self.nodes * self.ranks_per_node
+
+    def split(self) -> tuple[int, int]:
+        """(batch_size, accum_iter) whose product with the ranks is the effective batch; batch_size as large as fits.
+
+        Raises:
+            BadInput: the ranks do not divide the batch.
+        """
+        if self.effective_batch % self.ranks:
+            fitting = [count for count in range(1, self.effective_batch + 1) if self.effective_batch % count == 0]
+            near = [max(count for count in fitting if count < self.ranks), *(c for c in fitting if c > self.ranks)][:2]
+            raise BadInput(
+                f"{self.nodes} nodes x {self.ranks_per_node} GPUs (or processes) = {self.ranks} ranks cannot share an effective "
+                f"batch of {self.effective_batch} equally; {' or '.join(map(str, near))} ranks can"
+            )
+        share = self.effective_batch // self.ranks
+        batch_size = max(size for size in range(1, min(share, self.batch_per_rank) + 1) if share % size == 0)
+        return batch_size, share // batch_size
+
+    def summary(self) -> str:
+        """One line for the user."""
+        batch_size, accum_iter = self.split()
+        return (
+            f"{self.nodes} nodes x {self.ranks_per_node} ranks, batch {batch_size} x {accum_iter} accumulation steps a rank "
+            f"= {self.effective_batch} images an update"
+        )
+
+
+def plan(module: str, flags: Sequence[str], resources: Resources, pending: bool = False) -> list[str]:
+    """The trainer's flags with batch and accumulation worked out, everything checked that can be without training.
+
+    Args:
+        module: a runnable module with a `main(argv)` and one configuration of its own, a subclass of RunConfig.
+        pending: files that the run starts from are still to be written by another run, and not looked for.
+
+    Raises:
+        BadInput: a flag, the data, the output folder, a checkpoint of other settings, or ranks that do not fit the batch.
+    """
+    batch_size, accum_iter = resources.split()
+    given = {word.split("=")[0].removeprefix("--") for word in flags if word.startswith("--")}
+    for name in WORKED_OUT:
+        if name in given:
+            raise BadInput(f"--{name} is worked out from the effective batch, the ranks and what a rank can hold: leave it out")
+    words = [*flags, "--batch_size", str(batch_size), "--accum_iter", str(accum_iter)]
+    config, mask_config = configuration(module, words)
+    if isinstance(config, TaskConfig) and not pending:
+        config = with_method(config)
+    check_paths(config, pending)
+    check_data(module, config)
+    check_checkpoint(config, mask_config, resources.effective_batch)
+    return words
+
+
+def configuration(module: str, argv: Sequence[str]) -> tuple[RunConfig, MaskConfig | None]:
+    """What the module makes of its command line.
+
+    Raises:
+        BadInput: no such module, one that is no trainer, or flags that it refuses.
+    """
+    try:
+        trainer = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise BadInput(f"{module}: no such module") from None
+    classes = [one for _, one in inspect.getmembers(trainer, inspect.isclass) if issubclass(one, RunConfig)]
+    own = [one for one in classes if one.__module__ == module]
+    if len(own) != 1 or not hasattr(trainer, "main"):
+        raise BadInput(f"{module}: is not a trainer of this project (one configuration and a main)")
+    if issubclass(own[0], TrainConfig):
+        return parse_arguments(own[0], module, "", argv)
+    return parse_flags(own[0], module, "", argv), None
+
+
+def check_paths(config: RunConfig, pending: bool = False) -> None:
+    """Raises BadInput for an output folder that cannot be made, or a named file that is not there."""
+    for name in ("tokenizer", "init_from"):
+        value = getattr(config, name, "")
+        if value and not pending and not Path(value).exists():
+            raise BadInput(f"--{name} {value}: no such file or folder")
+    check_folder("--output_dir", Path(config.output_dir))
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Raises BadInput unless `folder` is or can be made a folder that can be written to."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise BadInput(f"{flag} {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"{flag} {folder}: {there} cannot be written to")
+
+
+def check_data(module: str, config: RunConfig) -> None:
+    """Raises BadInput if the data is not there. A folder is searched up to its first image: ImageNet takes minutes to list.
+
+    A module whose data has a layout of its own has a function `check_data`.
+    """
+    own = getattr(importlib.import_module(module), "check_data", None)
+    if own is not None:
+        own(config)
+    elif not config.data_path or config.dataset not in ("auto", "folder"):
+        open_source(config)
+    elif not has_image(Path(config.data_path)):
+        find_images(Path(config.data_path))
+
+
+def has_image(root: Path) -> bool:
+    """Whether a class folder of the training images can be seen to hold an image."""
+    folder = root / "train" if (root / "train").is_dir() else root
+    if not folder.is_dir():
+        return False
+    for one in sorted(folder.iterdir()):
+        if one.is_dir():
+            try:
+                return bool(find_images(one))
+            except BadInput:
+                return False
+    return False
+
+
+def check_checkpoint(config: RunConfig, mask_config: MaskConfig | None, effective_batch: int) -> None:
+    """Raises BadInput if the run would continue a checkpoint that cannot be read or was made with other settings.
+
+    Whether the number of images is the same is left to the trainer, which counts them.
+    """
+    path = find_resume(config)
+    if path is None:
+        return
+    state = read_checkpoint(path)
+    if isinstance(config, TrainConfig) and mask_config is not None:
+        check_same_run(state, path, config, mask_config, effective_batch, state.get("samples", 0))
+    elif isinstance(config, TaskConfig):
+        check_same_task(state, path, config, effective_batch, state.get("samples", 0))
+    elif "config" in state:
+        differs = differences(state["config"], asdict(config), FREE_TO_CHANGE)
+        if differs:
+            raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage, and raised."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message} (see --help)")
+
+
+def add_resources(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """The flags of :class:`Resources` but for the ranks."""
+    parser.add_argument("--nodes", type=int, default=1, help="nodes")
+    parser.add_argument("--effective_batch", type=int, required=True, help="images an update, of the recipe")
+    parser.add_argument("--batch_per_rank", type=int, required=True, help="images that a GPU can hold at once")
+    parser.set_defaults(**defaults)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a title, the plan's summary, and the words of each rank's command after `python`, one a line."""
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
+    add_resources(parser)
+    parser.add_argument("--ranks_per_node", type=int, default=1, help="GPUs of a node, or processes where it has none")
+    parser.add_argument("--data_path", default="", help="as the trainer's")
+    parser.add_argument("--output_dir", required=True, help="as the trainer's")
+    parser.add_argument("--dist_timeout", default="10", help="as the trainer's")
+    parser.add_argument("--upstream", default="", metavar="PATH", help="a patched clone: plan the official script of the module")
+    parser.add_argument("--pending", action="store_true", help="do not look for files that another job is to write first")
+    parser.add_argument("module", help="module to run, such as mae_evolved.main_pretrain")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags; with --upstream the official script's")
+    given = parser.parse_args(argv)
+    resources = Resources(given.nodes, given.ranks_per_node, given.effective_batch, given.batch_per_rank)
+    places = ["--data_path", given.data_path, "--output_dir", given.output_dir]
+    if given.upstream:
+        data, output = Path(given.data_path), Path(given.output_dir)
+        check_folder("--output_dir", output)
+        words = official_command(given.module, Path(given.upstream), data, output, resources.split(), given.flags)
+    else:
+        timeout = ["--dist_timeout", given.dist_timeout]
+        words = ["-m", given.module, *plan(given.module, [*places, *timeout, *given.flags], resources, given.pending)]
+    print("\n".join([f"{PROGRAM}:", resources.summary(), *words]))
+
+
+if __name__ == "__main__":
+    run_cli(PROGRAM, main)

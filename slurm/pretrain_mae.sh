@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Pre-trains MAE with evolved part masking on a cluster: Table 4 of the paper (ViT-S, 200 epochs) unless flags say otherwise.
+#   slurm/pretrain_mae.sh [flags]                    checks everything, then submits itself with the values below
+#   sbatch [options] slurm/pretrain_mae.sh [flags]   the #SBATCH lines and sbatch's options say what is asked of the cluster
+# Flags are those of python -m mae_evolved.main_pretrain. docs/cluster.md explains the rest.
+#SBATCH --job-name=pretrain_mae --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=10 --time=24:00:00
+#SBATCH --requeue --open-mode=append --signal=USR1@120 --output=%x-%j.out
+
+case $0 in # sbatch runs a copy of this file; Slurm knows where the file is
+  */slurm_script) PROJECT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/[a-z_]*\.sh.*|\1|p') ;;
+  *) PROJECT=$(cd "$(dirname "$0")/.." && pwd) ;;
+esac
+. "$PROJECT/slurm/job.sh" || exit 2 # reads slurm/site.env; a variable of the caller's environment wins over it
+
+: "${NODES=1}"               # nodes
+: "${GPUS_PER_NODE=8}"       # GPUs of each; 0: CPUs only, TASKS_PER_NODE processes a node
+: "${BATCH_PER_GPU=512}"     # images that a GPU can hold at once; the rest is accumulated
+: "${EFFECTIVE_BATCH=4096}"  # images an update, of the recipe: kept for any number of GPUs
+: "${RECIPE=$PROJECT/mae_evolved/recipes/table4_mae_small_200.toml}"
+: "${DATA_PATH=}"            # ImageNet: a folder with train/<class>/*.jpg
+: "${OUTPUT_DIR=output/pretrain_mae}"
+: "${UPSTREAM=}"             # a clone of the official repository with patches/mae.patch in it: trains with that code
+
+FLAGS=(--config "$RECIPE")
+OFFICIAL=(--model mae_vit_small_patch16 --norm_pix_loss --epochs 200 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05)
+launch mae_evolved.main_pretrain "$@"
