@@ -9,6 +9,7 @@ Order of events: signal -> flag -> the update that runs is finished -> all ranks
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -46,8 +47,15 @@ class Interruption:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Puts the handlers back. A handler that was there before (submitit's) gets the signal now that the state is saved."""
+        """Puts the handlers back. A handler that was there before (submitit's) gets the signal now that the state is saved.
+
+        A rank that leaves by an error ends its loader first: the workers ignore SIGTERM, with which Python ends them at its
+        exit, and it would wait for them for ever.
+        """
         self.restore()
+        if error is not None:
+            for worker in multiprocessing.active_children():
+                worker.kill()
         if isinstance(error, Interrupted) and self.signal is not None:
             handler = signal.getsignal(self.signal)
             if callable(handler) and handler is not signal.default_int_handler:

@@ -383,8 +383,8 @@ def test_recipe_is_the_default() -> None:
 
 LABELME = Path("/usr/share/doc/labelme-examples/examples/semantic_segmentation/data_dataset_voc")
 
-OVERFIT = "--input_size 96 --batch_size 2 --iterations 600 --repeat 100 --eval_freq 2 --warmup_iterations 20 --lr 1e-3 "
-OVERFIT += "--layer_decay 1 --drop_path 0 --head_dropout 0 --head_norm group --decoder_channels 32 --auxiliary_channels 16 "
+OVERFIT = "--input_size 96x128 --batch_size 3 --iterations 240 --repeat 80 --eval_freq 3 --warmup_iterations 10 --lr 2e-3 "
+OVERFIT += "--layer_decay 1 --drop_path 0 --head_dropout 0 --decoder_channels 64 --auxiliary_channels 16 "
 OVERFIT += "--scale 1 1 --no_flip --no_photometric --cat_max_ratio 1 --pictures 3"
 
 
@@ -398,7 +398,7 @@ def test_overfits_real_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     labelme_voc.convert(LABELME, tmp_path / "voc")
     pretrained, output = tmp_path / "mae", tmp_path / "run"
     shared = "--num_workers 0 --device cpu"
-    flags = "--model mae_vit_tiny_patch8 --input_size 96 --batch_size 16 --epochs 2 --repeat 32 --warmup_epochs 1 --lr 1e-3"
+    flags = "--model mae_vit_tiny_patch8 --input_size 96x128 --batch_size 16 --epochs 2 --repeat 16 --warmup_epochs 1 --lr 1e-3"
     images = f"--data_path {tmp_path}/voc/images/training --picture_epochs 0"
     MAINS["mae"](f"{flags} {images} {shared} --output_dir {pretrained}".split())
     model = f"--model vit_tiny_patch8 --init_from {pretrained / LAST} --data_path {tmp_path}/voc"
