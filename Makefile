@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-beit demo-simmim test test-upstream check lint types benchmark clean
+.PHONY: help demo demo-beit demo-simmim reproduce-tiny test test-upstream check lint types benchmark clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -34,6 +34,9 @@ demo-beit: $(VENV)/.demo  ## train a small tokenizer, then a small BEiT with evo
 
 demo-simmim: $(VENV)/.demo  ## pre-train a small SimMIM with evolved masks on photographs (CPU, minutes)
 	$(RUN) -m simmim_evolved.main_simmim --config simmim_evolved/recipes/demo.toml --resume none --output_dir output/demo_simmim
+
+reproduce-tiny: $(VENV)/.dev  ## Table 4 in the small: 19 runs from pre-training to the printed table (CPU, minutes)
+	$(RUN) -m slurm.reproduce --table 4 --scale tiny --local
 
 test: $(VENV)/.dev  ## all tests, on all cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
