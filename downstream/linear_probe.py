@@ -150,7 +150,7 @@ class Probes(nn.Module):
     def __init__(self, encoder: Encoder, layers: tuple[int, ...], pool: str, norm: nn.LayerNorm | None, classes: int) -> None:
         super().__init__()
         self.encoder, self.layers, self.pool, self.norm = encoder, layers, pool, norm
-        self.encoder.requires_grad_(False)
+        self.encoder.requires_grad_(False).eval()
         if norm is not None:
             norm.requires_grad_(False)
         self.heads = nn.ModuleList(

@@ -125,7 +125,7 @@ def test_several_layers_learn_as_if_alone() -> None:
             optimizer.step()
     for layer, one in enumerate(alone):
         for key, value in one.heads[0].state_dict().items():
-            torch.testing.assert_close(together.heads[layer].state_dict()[key], value, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(together.heads[layer].state_dict()[key], value, atol=1e-5, rtol=2e-4)
         assert not torch.allclose(one.heads[0].state_dict()["1.weight"], start[layer], atol=1e-3)
 
 
