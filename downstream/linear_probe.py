@@ -150,7 +150,7 @@ class Probes(nn.Module):
     def __init__(self, encoder: Encoder, layers: tuple[int, ...], pool: str, norm: nn.LayerNorm | None, classes: int) -> None:
         super().__init__()
         self.encoder, self.layers, self.pool, self.norm = encoder, layers, pool, norm
-        self.encoder.requires_grad_(False)
+        self.encoder.requires_grad_(False).eval()
         if norm is not None:
             norm.requires_grad_(False)
         self.heads = nn.ModuleList(
@@ -235,7 +235,7 @@ def knn_votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, classes: in
         [B, C], higher is better.
     """
     bank, queries = functional.normalize(bank, dim=1), functional.normalize(queries, dim=1)
-    votes = torch.zeros(len(queries), classes, device=queries.device)
+    votes = torch.zeros(len(queries), classes, dtype=queries.dtype, device=queries.device)
     for first in range(0, len(queries), chunk):
         near = (queries[first : first + chunk] @ bank.T).topk(min(k, len(bank)), dim=1)
         weights = ((near.values - 1) / KNN_TEMPERATURE).exp()  # minus one: no overflow, and the same order

@@ -294,7 +294,7 @@ def test_words_of_rand_augment(words: str, known: bool) -> None:
     if known:
         assert augmentation(config(auto_augment=words))((photo(), 1))[0].shape == (3, 16, 16)
         return
-    with pytest.raises(BadInput, match="--auto_augment must be a RandAugment of timm such as rand-m9-mstd0.5-inc1, or empty"):
+    with pytest.raises(BadInput, match=r"--auto_augment must be a RandAugment of timm such as rand-m9-mstd0\.5-inc1, or empty"):
         config(auto_augment=words)
 
 
