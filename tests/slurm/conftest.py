@@ -49,11 +49,11 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def until(what: str, happened: Callable[[], object], details: Callable[[], str] = str) -> None:
+def until(what: str, happened: Callable[[], object], details: Callable[[], str] = str, seconds: float = WAIT) -> None:
     """Waits for something."""
-    deadline = time.monotonic() + WAIT
+    deadline = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < deadline, f"{what} did not happen within {WAIT} s\n{details()}"
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s\n{details()}"
         time.sleep(0.05)
 
 
