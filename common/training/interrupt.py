@@ -53,9 +53,11 @@ class Interruption:
         exit, and it would wait for them for ever.
         """
         self.restore()
-        if error is not None:
-            for worker in multiprocessing.active_children():
-                worker.kill()
+        workers = multiprocessing.active_children() if error is not None else []
+        if workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise over the error that is on its way
+        for worker in workers:
+            worker.kill()
         if isinstance(error, Interrupted) and self.signal is not None:
             handler = signal.getsignal(self.signal)
             if callable(handler) and handler is not signal.default_int_handler:

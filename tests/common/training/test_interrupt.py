@@ -133,3 +133,18 @@ def test_environment_of_a_slurm_step() -> None:
     }
     repeated = slurm_environment({**given, "SLURM_STEP_TASKS_PER_NODE": "3(x2),1", "MASTER_ADDR": "me", "MASTER_PORT": "9"})
     assert (repeated["LOCAL_WORLD_SIZE"], repeated["MASTER_ADDR"], repeated["MASTER_PORT"]) == ("3", "me", "9")
+
+
+@pytest.mark.slow
+def test_run_with_a_loader_that_fails_ends_with_its_own_error(image_folder: Path, tmp_path: Path) -> None:
+    """Its workers ignore SIGTERM, which must not keep it from ending, nor hide the error behind theirs."""
+    flags = f"{TINY} --num_workers 1 --data_path {image_folder} --output_dir {tmp_path}"
+    fails = (
+        "import sys; from common.training import engine; from mae_evolved.main_pretrain import main\n"
+        "def count(*arguments): raise RuntimeError('the disk of this node is gone')\n"
+        "engine.Pretraining._count = count\n"
+        "main(sys.argv[1:])"
+    )
+    ended = subprocess.run([sys.executable, "-c", fails, *flags.split()], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().splitlines()[-1] == "RuntimeError: the disk of this node is gone"
