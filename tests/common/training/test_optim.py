@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.training.config import TrainConfig
-from common.training.optim import EncoderEMA, absolute_lr, lr_at, make_optimizer
+from common.training.optim import EncoderEMA, absolute_lr, lr_after, lr_at, make_optimizer
 
 
 def test_learning_rate_by_hand() -> None:
@@ -59,3 +59,25 @@ def test_moving_average_by_hand() -> None:
     copy = EncoderEMA(Model(), 0.9, without=["decoder"])
     copy.load_state_dict(ema.state_dict())
     assert torch.equal(copy.model.encoder.weight, ema.model.encoder.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_poly_schedule_by_hand() -> None:
+    """Counted from the start of the run; the warm-up scales it; degree 1 ends in the floor along a line."""
+    config = TrainConfig(lr_schedule="poly", lr_power=1.0, min_lr=0.1, warmup_start=0.5)
+    assert lr_after(0, 10, 100, config, 1.1) == pytest.approx(1.1 * 0.5)
+    assert lr_after(5, 10, 100, config, 1.1) == pytest.approx((0.1 + 0.95) * 0.75)
+    assert lr_after(10, 10, 100, config, 1.1) == pytest.approx(0.1 + 0.9)
+    assert lr_after(75, 10, 100, config, 1.1) == pytest.approx(0.1 + 0.25)
+    assert lr_after(100, 10, 100, config, 1.1) == lr_after(120, 10, 100, config, 1.1) == pytest.approx(0.1)
+    cubic = TrainConfig(lr_schedule="poly", lr_power=3.0)
+    assert lr_after(50, 0, 100, cubic, 2.0) == pytest.approx(2 / 8)
+
+
+def test_schedules_in_updates_and_in_epochs_agree() -> None:
+    """lr_after takes any unit; lr_at is that of epochs."""
+    for schedule in ("cosine", "multistep", "poly"):
+        config = TrainConfig(lr_schedule=schedule, epochs=20, warmup_epochs=4, lr_milestones="0.5,0.875", min_lr=1e-3)  # type: ignore[arg-type]
+        for epoch in (0.0, 1.5, 4.0, 9.9, 10.0, 17.5, 19.99):
+            assert lr_after(epoch * 7, 28, 140, config, 0.3) == pytest.approx(lr_at(epoch, config, 0.3))
+    steps = TrainConfig(lr_schedule="multistep", lr_milestones="0.5,0.875", lr_gamma=0.2, warmup_epochs=0)
+    assert [lr_after(done, 0, 16, steps, 1.0) for done in (7, 8, 13, 14, 16)] == pytest.approx([1, 0.2, 0.2, 0.04, 0.04])
