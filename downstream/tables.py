@@ -271,10 +271,11 @@ def lines_of(table: Table, root: Path) -> list[dict[str, str]]:
     lines = []
     for row, cell in table.cells():
         found = measured(root, cell)
-        difference = found.mean - cell.paper if found.mean is not None and cell.paper is not None else None
+        mean = None if found.mean is None else round(found.mean, DECIMALS)  # differences are of the numbers as they are shown
+        difference = None if mean is None or cell.paper is None else mean - cell.paper
         texts = (
             table.name, row.label, cell.column,
-            _text(cell.paper), _text(found.mean), _text(difference, sign=True), _text(found.spread),
+            _text(cell.paper), _text(mean), _text(difference, sign=True), _text(found.spread),
             " ".join(map(str, found.values)), " ".join(str(path.parent) for path in found.paths),
         )  # fmt: skip
         lines.append(dict(zip(HEADINGS, texts, strict=True)))
@@ -305,7 +306,7 @@ def as_markdown(table: Table, lines: Sequence[dict[str, str]], claim: str = "") 
     rule = "|---|" + "---:|---:|---:|" * len(columns) + "---|"
     by_place = {(line["row"], line["column"]): line for line in lines}
     body = [_markdown_row(row, columns, by_place) for row in table.rows]
-    runs = [f"* {line['row']}, {line['column']}: {line['runs']}" for line in lines if line["runs"]]
+    runs = list(dict.fromkeys(f"* {line['row']}: {folder}" for line in lines for folder in line["runs"].split()))
     parts = [f"# Table {table.name}: {table.title}" if table.name != "appendix" else f"# Appendix: {table.title}", claim]
     parts += ["\n".join([head, rule, *body]), *table.notes]
     parts += [

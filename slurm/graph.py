@@ -118,6 +118,8 @@ MODULES = {
 }
 EFFECTIVE = {"mae": 4096, "beit": 2048, "simmim": 2048}
 TINY_BATCH, TINY_PIXELS = 32, "64"
+TINY_RATES = {"mae": ("--blr", "1e-2"), "beit": ("--blr", "6.4e-2"), "simmim": ("--blr", "1e-2")}
+"""High, for a handful of updates: those of each trainer's demo."""
 TINY = ("--input_size", TINY_PIXELS, "--warmup_epochs", "0", "--num_workers", "0")
 
 
@@ -141,7 +143,7 @@ def _pretraining(encoder: Encoder, setting: Setting, seed: int, tokenizer: Seque
     if setting.scale == "tiny":
         model = f"{prefix}_tiny_patch8" + ("_8k_vocab" if encoder.method == "beit" else "")
         epochs = max(encoder.epochs // 100, 1)
-        flags += ["--model", model, *TINY, "--epochs", str(epochs), "--picture_epochs", "2"]
+        flags += ["--model", model, *TINY, *TINY_RATES[encoder.method], "--epochs", str(epochs), "--picture_epochs", "2"]
         batch, held = TINY_BATCH, TINY_BATCH
     else:
         flags += ["--epochs", str(encoder.epochs)]
@@ -197,9 +199,20 @@ BATCHES: dict[Stage, tuple[int, int]] = {
 """Effective batch of the recipe, and what a GPU is taken to hold."""
 DATA: dict[Stage, str] = {"finetune": "imagenet", "linear_probe": "imagenet", "segment": "ade20k", "detect": "coco"}
 TINY_FLAGS: dict[Stage, tuple[str, ...]] = {
-    "finetune": ("--epochs", "2"),
-    "linear_probe": ("--epochs", "2", "--knn", "5", "--cache"),
-    "segment": ("--iterations", "16", "--warmup_iterations", "1", "--decoder_channels", "32", "--auxiliary_channels", "32"),
+    "finetune": ("--epochs", "2", "--blr", "8e-3"),
+    "linear_probe": ("--epochs", "2", "--knn", "5", "--cache", "--blr", "10"),
+    "segment": (
+        "--lr",
+        "1e-3",
+        "--iterations",
+        "16",
+        "--warmup_iterations",
+        "1",
+        "--decoder_channels",
+        "32",
+        "--auxiliary_channels",
+        "32",
+    ),
     "detect": ("--epochs", "1", "--window", "4", "--pyramid_width", "32"),
 }
 TINY_BATCHES: dict[Stage, int] = {"finetune": 32, "linear_probe": 64, "segment": 8, "detect": 8}
