@@ -21,16 +21,19 @@ IGNORED = 255
 """Label of a pixel that counts neither in the loss nor in the evaluation."""
 
 
-def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """Counts of pixels: int64 [C, C], true class down, predicted class across. Pixels with truth IGNORED are left out.
+def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int, ignored: int | None = IGNORED) -> Tensor:
+    """Counts of pixels: int64 [C, C], true class down, predicted class across. What has the truth `ignored` is left out.
 
     Args:
         predicted: integers 0..C-1 [...].
-        truth: integers 0..C-1 or IGNORED, of the same shape.
+        truth: integers 0..C-1 or `ignored`, of the same shape.
+        ignored: None where every label counts.
     """
-    counted = truth != IGNORED
-    pairs = truth[counted].long() * classes + predicted[counted].long()
-    return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+    if ignored is not None:
+        counted = truth != ignored
+        predicted, truth = predicted[counted], truth[counted]
+    pairs = truth.long() * classes + predicted.long()
+    return torch.bincount(pairs.flatten(), minlength=classes * classes).reshape(classes, classes)
 
 
 @dataclass(frozen=True)

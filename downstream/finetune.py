@@ -23,6 +23,7 @@ from common.training.config import RunConfig, option, with_default
 from common.training.data import Batch, denormalise
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from downstream.confusion import confusion_matrix
 from downstream.labelled import Labelled, augmentation, draw_subset, is_rand_augment, middle, open_labelled, same_classes
 from downstream.pictures import draw_confusion, draw_predictions
 from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
@@ -143,8 +144,7 @@ class Evaluation:
             images, labels = batch.views
             logits = model(images).float()
             sums += count_correct(logits, labels)
-            pairs = labels * classes + logits.argmax(dim=1)
-            matrix += pairs.bincount(minlength=classes**2).reshape(classes, classes)
+            matrix += confusion_matrix(logits.argmax(dim=1), labels, classes, ignored=None)
             for place in (place for place, index in enumerate(batch.sample_ids.tolist()) if index in self.drawn):
                 drawn.append((images[place].cpu(), labels[place].cpu(), logits[place].cpu()))
         images_seen, top1, top5, loss = self.processes.sum(sums).tolist()

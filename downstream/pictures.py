@@ -6,6 +6,7 @@ n images   C classes
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,7 +27,7 @@ def draw_predictions(images: Tensor, labels: Tensor, probabilities: Tensor, clas
     Returns:
         {"predictions": uint8 [height, width, 3]}, or nothing without matplotlib.
     """
-    if not find_spec("matplotlib"):
+    if not can_draw():
         return {}
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
@@ -42,8 +43,8 @@ def draw_predictions(images: Tensor, labels: Tensor, probabilities: Tensor, clas
     return {"predictions": _pixels(figure)}
 
 
-def draw_confusion(matrix: Tensor, classes: list[str]) -> dict[str, np.ndarray]:
-    """A confusion matrix in shares of the true class, with numbers where there are few classes.
+def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """A confusion matrix in shares of the true class, with numbers where there are few classes; empty rows: not in truth.
 
     Args:
         matrix: counts, true class first: [C, C].
@@ -51,9 +52,9 @@ def draw_confusion(matrix: Tensor, classes: list[str]) -> dict[str, np.ndarray]:
     Returns:
         {"confusion": uint8 [height, width, 3]}, or nothing without matplotlib.
     """
-    if not find_spec("matplotlib"):
+    if not can_draw():
         return {}
-    shares = matrix.double() / matrix.sum(dim=1, keepdim=True).clamp(min=1)
+    shares = matrix.double() / matrix.sum(dim=1, keepdim=True)  # nan, drawn as nothing, for a class that is not in truth
     side = min(max(3.5, 0.42 * len(classes) + 2), 14)
     figure = _figure(side + 0.8, side)
     axes = figure.add_subplot()
@@ -84,7 +85,7 @@ def draw_layers(layers: list[int], curves: dict[str, list[float]]) -> dict[str, 
     Returns:
         {"layers": uint8 [height, width, 3]}, or nothing without matplotlib.
     """
-    if not find_spec("matplotlib"):
+    if not can_draw():
         return {}
     figure = _figure(5.5, 3.6)
     axes = figure.add_subplot()
@@ -96,6 +97,11 @@ def draw_layers(layers: list[int], curves: dict[str, list[float]]) -> dict[str, 
     axes.grid(alpha=0.3)
     axes.legend()
     return {"layers": _pixels(figure)}
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def _figure(width: float, height: float) -> Any:

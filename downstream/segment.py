@@ -28,6 +28,7 @@ from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
 from downstream.confusion import IGNORED, confusion_matrix, scores_of
+from downstream.pictures import can_draw, draw_confusion
 from downstream.segmentation_data import (
     MOST_CLASSES,
     SegmentationSource,
@@ -37,7 +38,7 @@ from downstream.segmentation_data import (
     validation_transform,
 )
 from downstream.segmentation_inference import Predictor
-from downstream.segmentation_pictures import can_draw_confusion, draw_confusion, stacked, triptych
+from downstream.segmentation_pictures import stacked, triptych
 from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, train_task
 from downstream.upernet import NormKind, UperNet, resized
 
@@ -189,7 +190,6 @@ class Evaluation:
 
     def __call__(self, model: nn.Module) -> Scores:
         """Raises BadInput if no pixel of the validation images is labelled."""
-        share_statistics(model, self.processes)
         classes, device = len(self.names), self.processes.device
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
         rows: dict[int, np.ndarray] = {}
@@ -211,21 +211,8 @@ class Evaluation:
         everyones = {index: row for part in self.processes.gather(rows) for index, row in part.items()}
         if everyones:
             pictures["validation"] = stacked([everyones[index] for index in sorted(everyones)])
-            if can_draw_confusion():
-                pictures["confusion"] = draw_confusion(confusion, self.names)
+            pictures |= draw_confusion(confusion.cpu(), self.names)
         return Scores(numbers, pictures)
-
-
-def share_statistics(model: nn.Module, processes: Processes) -> None:
-    """Gives every rank the running statistics of the main one, which are those that its checkpoint holds.
-
-    On GPUs they are equal anyway. On CPUs, where no batch norm over processes exists, each rank has its own.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for value in (module.running_mean, module.running_var):
-                if value is not None:
-                    value.copy_(processes.sum(value * float(processes.is_main)))
 
 
 # --- the task ---
@@ -241,7 +228,7 @@ def build(config: SegmentConfig, processes: Processes) -> Task:
         raise BadInput("--eval_only needs a trained model: --resume CHECKPOINT, or one in --output_dir")
     names, training, validation = open_sets(config)
     say = print if processes.is_main else _silent
-    if config.pictures and not can_draw_confusion():
+    if config.pictures and not can_draw():
         say("no picture of the confusion matrix: matplotlib is not installed (requirements-demo.txt)")
     model = make_model(config, len(names), processes, say)
     crop = TrainingTransform(config.image_size, config.scale, config.cat_max_ratio, config.flip, config.photometric)

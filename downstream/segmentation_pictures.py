@@ -1,4 +1,4 @@
-"""Pictures of a segmentation: images with their true and predicted classes, and the confusion matrix.
+"""Pictures of a segmentation: images with their true and predicted classes.
 
 C classes   H, W height and width of an image in pixels
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from common.training.data import denormalise
 LONGER_SIDE = 256
 """Of an image in a picture, in pixels."""
 
-_GAP, _WHITE, _COLOUR_SHARE, _MOST_NAMES = 6, 255, 0.7, 30
+_GAP, _WHITE, _COLOUR_SHARE = 6, 255, 0.7
 
 
 def palette(classes: int) -> np.ndarray:
@@ -55,30 +53,3 @@ def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
     width = max(row.shape[1] for row in rows)
     filled = [np.pad(row, ((0, _GAP), (0, width - row.shape[1]), (0, 0)), constant_values=_WHITE) for row in rows]
     return np.concatenate(filled)[:-_GAP]
-
-
-def can_draw_confusion() -> bool:
-    """Whether matplotlib is installed (requirements-demo.txt)."""
-    return find_spec("matplotlib") is not None
-
-
-def draw_confusion(confusion: Tensor, names: Sequence[str]) -> np.ndarray:
-    """Confusion matrix int64 [C, C] as shares of each true class: uint8 [h, w, 3]. Classes that are not in truth stay empty."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    counts = confusion.cpu().double()
-    shares = torch.where(counts.sum(1, keepdim=True) > 0, counts / counts.sum(1, keepdim=True), torch.nan)
-    side = 3 + 0.25 * min(len(names), _MOST_NAMES)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    axes.set(xlabel="predicted", ylabel="true", title="share of the pixels of each true class")
-    if len(names) <= _MOST_NAMES:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-    figure.colorbar(image, ax=axes)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    drawn = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
-    return drawn[..., :3].copy()

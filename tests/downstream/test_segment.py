@@ -319,7 +319,8 @@ def test_pictures_show_truth_and_prediction(run: Run, monkeypatch: pytest.Monkey
 
 
 def test_without_matplotlib(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("downstream.segment.can_draw_confusion", lambda: False)
+    monkeypatch.setattr("downstream.segment.can_draw", lambda: False)
+    monkeypatch.setattr("downstream.pictures.can_draw", lambda: False)
     output = run("run", "--iterations 2 --pictures 1")
     assert capsys.readouterr().out.count("matplotlib is not installed (requirements-demo.txt)") == 1
     assert (output / "validation.png").exists()
