@@ -17,13 +17,12 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 
-from common.training.errors import BadInput, run_cli
+from common.training.errors import BadInput, Parser, run_cli
 from downstream.confusion import IGNORED
 from downstream.segmentation_data import MOST_CLASSES, SPLITS
 
@@ -110,16 +109,9 @@ def _splits(count: int, val: float, seed: int) -> dict[str, list[int]]:
     return {training: sorted(order[held_out:]), validation: sorted(order[:held_out])}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line, without the usage, and raised."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see --help)")
-
-
 def main(argv: Sequence[str]) -> None:
     """The command `python -m downstream.labelme_voc`."""
-    parser = _Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("voc", metavar="VOC", type=Path, help="folder that labelme's labelme2voc wrote")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")

@@ -33,9 +33,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
-from common.training.errors import BadInput, run_cli
+from common.training.errors import BadInput, Parser, run_cli
 from downstream.contact_sheet import contact_sheet
 from downstream.scene_drawing import draw_scene
 from downstream.scene_layouts import COCO, FIRST_ID, make_folders, write_lists, write_scene
@@ -278,15 +278,8 @@ def _sources_text(library: Library) -> str:
 # Command line.
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line, without the usage, and raised."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; new, empty, or of an earlier call")
     parser.add_argument("--train", type=int, default=2000, metavar="N", help="training scenes [%(default)s]")

@@ -16,9 +16,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from common.training.errors import BadInput, run_cli
+from common.training.errors import BadInput, Parser, run_cli
 from common.training.runlog import RESULT, write_text
 from downstream.experiments import Encoder, Stage
 
@@ -343,14 +342,9 @@ def write_tables(names: Sequence[str], root: Path, output: Path, claim: str = ""
     return paths
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see --help)")
-
-
 def main(argv: Sequence[str]) -> None:
     """Gathers results, writes both files and prints the Markdown."""
-    parser = _Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--table", required=True, choices=[*TABLES, "all"], help="of the paper")
     parser.add_argument(
         "--results", required=True, type=Path, metavar="ROOT", help="folder with <encoder>/seed<n>/<stage>/result.json"

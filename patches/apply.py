@@ -18,9 +18,8 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from common.training.errors import BadInput, run_cli
+from common.training.errors import BadInput, Parser, run_cli
 
 PROGRAM = "patches.apply"
 HERE = Path(__file__).parent
@@ -331,15 +330,8 @@ def main(argv: Sequence[str]) -> None:
         print(apply(checkout, patch, force_dirty=given.force_dirty, check=given.check))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line, without the usage, and raised."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("upstream", choices=("mae", "beit", "simmim"), help="which official repository")
     parser.add_argument("path", metavar="PATH", nargs="?", help="root of its clone (for beit: of unilm, or its folder beit)")

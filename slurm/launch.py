@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from common.training.config import RunConfig
-from common.training.errors import BadInput, run_cli
-from slurm.plan import Parser, Resources, check_folder, configuration, plan
+from common.training.errors import BadInput, Parser, run_cli
+from slurm.plan import Resources, check_folder, configuration, plan
 from slurm.rank import Training  # before submitit: sets the signal that submitit will use
 
 import submitit  # isort: skip

@@ -12,12 +12,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from common.mask_config import MaskConfig
 from common.training.checkpoint import FREE_TO_CHANGE, check_same_run, differences, find_resume, read_checkpoint
 from common.training.config import RunConfig, TrainConfig, parse_arguments, parse_flags
-from common.training.errors import BadInput, run_cli
+from common.training.errors import BadInput, Parser, run_cli
 from common.training.sources import find_images, open_source
 from downstream.training import TaskConfig, check_same_task, with_method
 from slurm.upstream import official_command
@@ -189,13 +189,6 @@ def check_checkpoint(config: RunConfig, mask_config: MaskConfig | None, effectiv
         differs = differences(state["config"], asdict(config), FREE_TO_CHANGE)
         if differs:
             raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one line, without the usage, and raised."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see --help)")
 
 
 def add_resources(parser: argparse.ArgumentParser, **defaults: Any) -> None:

@@ -25,14 +25,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from common.training.errors import BadInput, run_cli
+from common.training.errors import BadInput, Parser, run_cli
 from common.training.interrupt import EXIT_INTERRUPTED, Interrupted
 from common.training.runlog import write_text
 from downstream.make_scenes import make_scenes
 from downstream.tables import TABLES, write_tables
 from slurm import cost
 from slurm.graph import PROJECT, Run, Setting, check_recipes, data_of, graph
-from slurm.plan import Parser, Resources, plan
+from slurm.plan import Resources, plan
 
 PROGRAM = "slurm.reproduce"
 JOBS = "jobs.json"

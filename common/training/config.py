@@ -14,11 +14,11 @@ import types
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from common.mask_config import RECIPES, MaskConfig, Strategy
 from common.model_names import patch_size_of
-from common.training.errors import BadInput
+from common.training.errors import BadInput, Parser
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -262,13 +262,6 @@ def parse_arguments(config_class: type[Config], program: str, description: str, 
     return config_class(**{key: value for key, value in values.items() if key not in mask_names}), mask
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line, without the usage, and raised."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see --help)")
-
-
 class _Help(argparse.HelpFormatter):
     """Wide enough that one flag is one or two lines."""
 
@@ -277,7 +270,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _parser(config_class: type[RunConfig], program: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help, usage=f"{program} [flags]")
+    parser = Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help, usage=f"{program} [flags]")
     parser.add_argument(
         "--config", default=argparse.SUPPRESS, metavar="FILE", help="TOML file of flags, such as those in recipes/"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from common.training.interrupt import EXIT_INTERRUPTED, Interrupted
 
@@ -15,6 +17,13 @@ class BadInput(Exception):
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient became NaN or infinite; the message says where and what was saved."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, without the usage, and raised as BadInput."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message} (see --help)")
 
 
 def run_cli(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
