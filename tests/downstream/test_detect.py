@@ -213,7 +213,7 @@ def test_recipe_is_the_default(root: Path) -> None:
         ("--data_path /nowhere", "--data_path /nowhere: no such folder"),
         ("--dataset photos", "--dataset does not go with detection"),
         ("--crop_scale 0.5 1", "--crop_scale does not go with detection"),
-        ("--eval_only", "--eval_only: no trained detector"),
+        ("--eval_only", "--eval_only: no weights to evaluate; give --resume PATH"),
         ("--batch_size 5", "nothing would ever be updated"),
         ("--model vit_huge_patch14 --input_size 56", "--model must have patches of a power of two, not 14"),
     ],

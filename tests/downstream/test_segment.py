@@ -344,7 +344,7 @@ def test_without_matplotlib(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("--slide_stride 17", "--slide_stride must not be above --input_size"),
         ("--batch_size 1", "--batch_size 1 leaves batch norm nothing to average over"),
         ("--input_size 4", "--input_size 4: a patch grid of 1x1"),
-        ("--eval_only", "--eval_only needs a trained model"),
+        ("--eval_only", "--eval_only: no weights to evaluate; give --resume PATH"),
         ("--head_norm layer", "argument --head_norm: invalid choice"),
     ],
 )
