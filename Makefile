@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-beit demo-simmim reproduce-tiny test test-upstream check lint types benchmark clean
+.PHONY: help demo demo-beit demo-simmim reproduce-tiny test test-full test-upstream check lint types benchmark clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -40,6 +40,9 @@ reproduce-tiny: $(VENV)/.dev  ## Table 4 in the small: 19 runs from pre-training
 
 test: $(VENV)/.dev  ## all tests, on all cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
+
+test-full: $(VENV)/.dev  ## the long form of tests that train for a number (minutes each)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal -m full
 
 test-upstream: $(VENV)/.upstream  ## tests against clones: UPSTREAM_MAE=PATH UPSTREAM_BEIT=PATH UPSTREAM_SIMMIM=PATH
 	$(RUN) -m pytest -q tests/patches

@@ -9,6 +9,7 @@ D width   L blocks   T tokens   N patches
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 IMAGENET, ADE20K_BATCH, COCO = 1_281_167, 16, 118_287
@@ -24,9 +25,9 @@ SPARED = 0.376
 UPERNET_GMACS = {"small": 157.7, "base": 606.8}
 """Encoder, decoder and auxiliary head on one crop of 512 px: torch's FlopCounterMode on downstream/upernet.py (tested)."""
 
-MASK_RCNN_HEADS_GMACS = 300.0
-"""Pyramid, proposals and heads on one image of 1024 px; an estimate of the order (Mask R-CNN with FPN and ResNet-50 has 260 in
-all at 800 x 1333, He et al. 2017 as counted by detectron2), for their cost depends on the number of regions."""
+MASK_RCNN_HEADS_GMACS = 231.0
+"""Pyramid, proposals and heads on one training image of 1024 px with 7 objects: torch's FlopCounterMode on
+downstream/mask_rcnn.py. It varies a little with the regions that are sampled."""
 
 
 def vit_macs(width: int, depth: int, tokens: int) -> float:
@@ -71,11 +72,12 @@ def segmentation_macs(size: str) -> float:
 
 
 def detection_macs(size: str, side: int = 64, window: int = 14) -> float:
-    """Forward and backward: one image of 1024 px, attention over the whole grid in 4 of 12 blocks."""
-    width, tokens = WIDTH[size], side**2
-    windows = -((-side // window) ** 2)
-    local = windows * vit_macs(width, DEPTH - 4, window**2)
-    return 3 * (vit_macs(width, 4, tokens) + local + tokens * PATCH_PIXELS * width + MASK_RCNN_HEADS_GMACS * 1e9)
+    """Forward and backward: one image of 1024 px, attention over the whole grid in 4 of 12 blocks, in filled-up windows else."""
+    width, tokens, whole = WIDTH[size], side**2, 4
+    windows = math.ceil(side / window) ** 2
+    linear = width**2 * (DEPTH * 8 * tokens + 4 * (whole * tokens + (DEPTH - whole) * windows * window**2))
+    attention = 2 * width * (whole * tokens**2 + (DEPTH - whole) * windows * window**4)
+    return 3 * (linear + attention + tokens * PATCH_PIXELS * width + MASK_RCNN_HEADS_GMACS * 1e9)
 
 
 PUBLISHED_UTILISATION = 2 * finetuning_macs("base") * IMAGENET * 100 / (32 * (7 + 11 / 60) * 3600 * V100_PEAK * 1e12)

@@ -240,9 +240,12 @@ def test_bad_data_is_one_line(root: Path, tmp_path: Path, train: Train) -> None:
     assert (shown.returncode, shown.stderr) == (2, f"detect: error: --data_path {tmp_path}/none: no such folder\n")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not LABELME.is_dir(), reason="Debian's package labelme-examples is not installed")
-def test_learns_real_photographs_by_heart(tmp_path: Path, shallow: None) -> None:
+@pytest.mark.parametrize(
+    ("repeat", "epochs"),
+    [pytest.param(12, 3, marks=pytest.mark.slow, id="small"), pytest.param(140, 1, marks=pytest.mark.full, id="full")],
+)
+def test_learns_real_photographs_by_heart(repeat: int, epochs: int, tmp_path: Path, shallow: None) -> None:
     """Three photographs with 12 objects, from an encoder pre-trained for a few updates on the same."""
     root = tmp_path / "coco"
     (root / "annotations").mkdir(parents=True)
@@ -260,10 +263,14 @@ def test_learns_real_photographs_by_heart(tmp_path: Path, shallow: None) -> None
     )
     main(
         f"--model vit_tiny_patch8 --data_path {root} --init_from {made}/checkpoint-last.pth --window 8 --pyramid_width 64 "
-        "--anchor_scale 4 --box_samples 64 --jitter 1 1 --no_flip --batch_size 3 --repeat 140 --epochs 1 --lr 1e-3 --beta2 0.99 "
+        "--anchor_scale 4 --box_samples 64 --jitter 1 1 --no_flip --batch_size 3 --lr 1e-3 --beta2 0.99 "
         "--layer_decay 1 --drop_path 0 --lr_milestones 0.8 --warmup_epochs 0.1 --weight_decay 0.05 --clip_grad 1 "
-        f"--output_dir {output} {common}".split()
+        f"--repeat {repeat} --epochs {epochs} --eval_freq 3 --output_dir {output} {common}".split()
     )
+    losses = [line["train_loss"] for line in read_log(output)]
+    if len(losses) > 1:
+        assert losses[-1] < 0.8 * losses[0], losses
+        return
     metrics = json.loads((output / "result.json").read_text())["metrics"]
     assert metrics["AP50_box"] > 90, metrics
     assert metrics["AP50_mask"] > 50, metrics

@@ -385,18 +385,25 @@ def test_recipe_is_the_default() -> None:
 
 LABELME = Path("/usr/share/doc/labelme-examples/examples/semantic_segmentation/data_dataset_voc")
 
-OVERFIT = "--input_size 96x128 --batch_size 3 --iterations 240 --repeat 80 --eval_freq 3 --warmup_iterations 10 --lr 2e-3 "
+OVERFIT = "--input_size 96x128 --batch_size 3 --repeat 40 --eval_freq 25 --warmup_iterations 10 --lr 2e-3 --inference whole "
 OVERFIT += "--layer_decay 1 --drop_path 0 --head_dropout 0 --decoder_channels 64 --auxiliary_channels 16 "
 OVERFIT += "--scale 1 1 --no_flip --no_photometric --cat_max_ratio 1 --pictures 3"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not LABELME.is_dir(), reason="Debian's labelme-examples is not installed")
-def test_overfits_real_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("updates", "miou", "aacc"),
+    [
+        pytest.param(100, 20, 75, marks=pytest.mark.slow, id="small"),
+        pytest.param(1000, 90, 97, marks=pytest.mark.full, id="full"),
+    ],
+)
+def test_overfits_real_photographs(
+    updates: int, miou: float, aacc: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three photographs of VOC, 7 classes: an MAE of four blocks is trained on them for a moment, then UperNet on it.
 
-    96.9 % of the pixels and an mIoU of 66.6 were reached: 240 updates do not find the two rarest classes, a bottle of 0.2 %
-    and a car of 1.4 % of the pixels, which count as 0 in the mean.
+    Classes of few pixels come late: a car of 1.4 % and a bottle of 0.2 % count as 0 in the mean until then.
     """
     mae = partial(mae_evolved.model.MODELS["mae_vit_tiny_patch8"], depth=4, decoder_depth=1)
     monkeypatch.setitem(mae_evolved.model.MODELS, "mae_vit_tiny_patch8", mae)
@@ -404,14 +411,14 @@ def test_overfits_real_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     labelme_voc.convert(LABELME, tmp_path / "voc")
     pretrained, output = tmp_path / "mae", tmp_path / "run"
     shared = "--num_workers 0 --device cpu"
-    flags = "--model mae_vit_tiny_patch8 --input_size 96x128 --batch_size 16 --epochs 2 --repeat 16 --warmup_epochs 1 --lr 1e-3"
+    flags = "--model mae_vit_tiny_patch8 --input_size 96x128 --batch_size 8 --epochs 2 --repeat 16 --warmup_epochs 1 --lr 1e-3"
     images = f"--data_path {tmp_path}/voc/images/training --picture_epochs 0"
     MAINS["mae"](f"{flags} {images} {shared} --output_dir {pretrained}".split())
-    model = f"--model vit_tiny_patch8 --init_from {pretrained / LAST} --data_path {tmp_path}/voc"
+    model = f"--model vit_tiny_patch8 --init_from {pretrained / LAST} --data_path {tmp_path}/voc --iterations {updates}"
     main(f"{model} {OVERFIT} {shared} --output_dir {output}".split())
     metrics = json.loads((output / RESULT).read_text())["metrics"]
-    assert metrics["aAcc"] > 94
-    assert metrics["mIoU"] > 58
+    assert metrics["aAcc"] > aacc
+    assert metrics["mIoU"] > miou
 
 
 def write_voc(root: Path) -> Path:
