@@ -99,6 +99,31 @@ def draw_layers(layers: list[int], curves: dict[str, list[float]]) -> dict[str, 
     return {"layers": _pixels(figure)}
 
 
+def draw_curves(lines: Sequence[dict[str, Any]], metric: str) -> dict[str, np.ndarray]:
+    """Training loss and a metric over the epochs.
+
+    Args:
+        lines: of log.txt, with `epoch` and `train_loss`, and `metric` where an epoch was evaluated.
+
+    Returns:
+        {"curves": uint8 [height, width, 3]}, or nothing without matplotlib or with less than two epochs.
+    """
+    if not can_draw() or len(lines) < 2:
+        return {}
+    figure = _figure(5.5, 3.6)
+    axes = figure.add_subplot()
+    axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], color="tab:blue")
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel("training loss", color="tab:blue")
+    axes.grid(alpha=0.3)
+    judged = [line for line in lines if metric in line]
+    other = axes.twinx()
+    other.plot([line["epoch"] + 1 for line in judged], [line[metric] for line in judged], color="tab:orange", marker="o")
+    other.set_ylabel(metric, color="tab:orange")
+    return {"curves": _pixels(figure)}
+
+
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None

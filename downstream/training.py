@@ -27,6 +27,7 @@ from common.training.loop import Collate, Loop
 from common.training.optim import EncoderEMA, lr_after
 from common.training.runlog import run_facts
 from common.training.stopwatch import Stopwatch
+from downstream.pictures import draw_curves
 from downstream.vit import METHODS, MODELS, Encoder, Method, build_encoder, layer_of
 from downstream.weights import find_encoder, load_encoder
 
@@ -274,6 +275,8 @@ class Supervised(Loop):
                 save_picture(Path(self.config.output_dir) / f"{name}.png", picture)
 
     def _finish(self) -> None:
+        if self.config.pictures and self.processes.is_main:
+            self._draw(Scores({}, draw_curves(self.log.lines(), self.task.metric)), self.total_updates)
         self.log.close()
         path = self.log.result(self.task.name, self.config, self.scores, best=self.best, facts=self.task.facts)
         self.log.say(f"{self.task.name}: {shown({key: self.scores[key] for key in self.scores if key != 'epoch'})}")

@@ -47,10 +47,14 @@ class RunLog:
             raise BadInput(f"--output_dir {self.folder}: {error.strerror}") from None
         self._write_run_json(facts)
         log = self.folder / "log.txt"
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
-        write_text(log, "".join(f"{line}\n" for line in kept))
+        kept = [line for line in self.lines() if line["epoch"] < first_epoch]
+        write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=first_update)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The epochs in log.txt."""
+        log = self.folder / "log.txt"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def epoch(self, line: dict[str, Any], update: int) -> None:
         """Appends the epoch's line, and its numbers to TensorBoard."""
