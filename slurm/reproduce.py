@@ -197,7 +197,7 @@ def submit(runs: Sequence[Run], setting: Setting) -> None:
         try:
             for run in todo:
                 after = [jobs[name]["job"] for name in run.needs if name in jobs and not _is_finished(name, runs)]
-                jobs[run.name] = {"job": sbatch(run, after), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+                jobs[run.name] = {"job": sbatch(run, after, site), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
                 made.append(jobs[run.name]["job"])
                 print(f"{run.name}: job {made[-1]}" + (f" after {', '.join(after)}" if after else ""), flush=True)
         except BadInput:
@@ -214,19 +214,25 @@ def _is_finished(name: str, runs: Sequence[Run]) -> bool:
 
 def check(run: Run, site: dict[str, str]) -> None:
     """What the job's first act will check, before anything is submitted."""
-    ranks = int(site["GPUS_PER_NODE"] or 8) or int(site["TASKS_PER_NODE"] or 1)
+    nodes, ranks = share(run, site)
     held = int(site["BATCH_PER_GPU"] or run.batch_per_gpu)
-    resources = Resources(int(site["NODES"] or 1), 1 if run.script == "train_tokenizer" else ranks, run.effective_batch, held)
-    words = run.command()
+    words = [*run.command(), "--data_path", run.data_path, "--output_dir", str(run.folder)]
     try:
-        plan(
-            words[0],
-            [*words[1:], "--data_path", run.data_path, "--output_dir", str(run.folder)],
-            resources,
-            pending=bool(run.needs),
-        )
+        plan(words[0], words[1:], Resources(nodes, ranks, run.effective_batch, held), pending=bool(run.needs))
     except BadInput as error:
         raise BadInput(f"{run.name}: {error}") from None
+
+
+def share(run: Run, site: dict[str, str]) -> tuple[int, int]:
+    """(nodes, ranks a node) of a run: the site's, or as many of them as can share the batch equally.
+
+    What pre-training fills may be too much for UperNet's batch of 16.
+    """
+    if run.script == "train_tokenizer":
+        return 1, 1
+    nodes, ranks = int(site["NODES"] or 1), int(site["GPUS_PER_NODE"] or 8) or int(site["TASKS_PER_NODE"] or 1)
+    pairs = [(n, r) for n in range(1, nodes + 1) for r in range(1, ranks + 1) if run.effective_batch % (n * r) == 0]
+    return max(pairs, key=lambda pair: (pair[0] * pair[1], pair[1]))
 
 
 def site_values() -> dict[str, str]:
@@ -240,13 +246,15 @@ def site_values() -> dict[str, str]:
     return dict(zip(names, done.stdout.splitlines(), strict=True))
 
 
-def sbatch(run: Run, after: Sequence[str]) -> str:
+def sbatch(run: Run, after: Sequence[str], site: dict[str, str]) -> str:
     """Number of the job that slurm/<script>.sh submits.
 
     Raises:
         BadInput: refused; the script's own line.
     """
+    nodes, ranks = share(run, site)
     values = dict(word.split("=", 1) for word in environment(run, after))
+    values |= {"NODES": str(nodes), "TASKS_PER_NODE" if site["GPUS_PER_NODE"] == "0" else "GPUS_PER_NODE": str(ranks)}
     done = subprocess.run(
         [str(PROJECT / "slurm" / f"{run.script}.sh"), *run.flags],
         env={**os.environ, **values, "CHECKED": "1"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,25 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags: str, line: str, tmp
     assert line in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "batch", "found"),
+    [
+        ("4", "8", 4096, (4, 8)),
+        ("4", "8", 16, (2, 8)),  # 16 of the 32 GPUs, on as few nodes as hold them
+        ("3", "8", 1024, (2, 8)),
+        ("1", "6", 16, (1, 4)),
+        ("", "", 64, (1, 8)),
+        ("5", "0", 16, (4, 2)),
+    ],
+)
+def test_a_run_gets_as_many_gpus_as_can_share_its_batch(
+    nodes: str, gpus: str, batch: int, found: tuple[int, int], tmp_path: Path
+) -> None:
+    run = replace(graph(["3"], setting(tmp_path))[0], effective_batch=batch)
+    site = {"NODES": nodes, "GPUS_PER_NODE": gpus, "TASKS_PER_NODE": "2", "BATCH_PER_GPU": ""}
+    assert reproduce.share(run, site) == found
 
 
 def test_refused_run_cancels_what_was_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
