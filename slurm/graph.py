@@ -205,7 +205,7 @@ TINY_FLAGS: dict[Stage, tuple[str, ...]] = {
         "--lr",
         "1e-3",
         "--iterations",
-        "16",
+        "8",
         "--warmup_iterations",
         "1",
         "--decoder_channels",

@@ -36,7 +36,7 @@ from slurm.plan import Resources, plan
 
 PROGRAM = "slurm.reproduce"
 JOBS = "jobs.json"
-SCENES = {"train": 192, "val": 64, "size": 64}
+SCENES = {"train": 96, "val": 32, "size": 64}
 DATA_FLAGS = ("imagenet", "ade20k", "coco")
 LAYOUTS = {
     "imagenet": "train/<class>/ and val/<class>/",
@@ -374,7 +374,7 @@ def collect(names: Sequence[str], table: str, setting: Setting) -> None:
     claim = ""
     if setting.scale == "tiny":
         claim = (
-            "Runs at tiny scale: models of 5 million weights on a few hundred composed scenes of 64 px, for minutes. The numbers "
+            "Runs at tiny scale: models of 5 million weights on about a hundred composed scenes of 64 px, for minutes. The numbers "
             "show that every part runs, and nothing about the method; they cannot be compared with the paper's."
         )
     paths = write_tables(names, setting.root, setting.root / f"table_{table}", claim)
