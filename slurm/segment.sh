@@ -4,12 +4,13 @@
 #   sbatch [options] slurm/segment.sh --init_from CHECKPOINT [flags]   the #SBATCH lines and sbatch's options count
 # Flags are those of python -m downstream.segment. docs/cluster.md explains the rest.
 #SBATCH --job-name=segment --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=10 --time=24:00:00
-#SBATCH --requeue --open-mode=append --signal=USR1@120 --output=%x-%j.out
+#SBATCH --requeue --open-mode=append --signal=USR1@600 --output=%x-%j.out
 
 case $0 in # sbatch runs a copy of this file; Slurm knows where the file is
   */slurm_script) PROJECT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/[a-z_]*\.sh.*|\1|p') ;;
   *) PROJECT=$(cd "$(dirname "$0")/.." && pwd) ;;
 esac
+SIGNAL_DEFAULT=600 # seconds: an evaluation that is under way is finished first
 . "$PROJECT/slurm/job.sh" || exit 2 # reads slurm/site.env; a variable of the caller's environment wins over it
 
 : "${NODES=1}"               # nodes
