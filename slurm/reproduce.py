@@ -374,8 +374,8 @@ def collect(names: Sequence[str], table: str, setting: Setting) -> None:
     claim = ""
     if setting.scale == "tiny":
         claim = (
-            "Runs at tiny scale: models of 5 million weights on about a hundred composed scenes of 64 px, for minutes. The numbers "
-            "show that every part runs, and nothing about the method; they cannot be compared with the paper's."
+            "Runs at tiny scale: models of 5 million weights on about a hundred composed scenes of 64 px, for minutes. The "
+            "numbers show that every part runs, and nothing about the method; they cannot be compared with the paper's."
         )
     paths = write_tables(names, setting.root, setting.root / f"table_{table}", claim)
     print(paths[0].read_text())
