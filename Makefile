@@ -45,7 +45,7 @@ test-full: $(VENV)/.dev  ## the long form of tests that train for a number (minu
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal -m full
 
 test-upstream: $(VENV)/.upstream  ## tests against clones: UPSTREAM_MAE=PATH UPSTREAM_BEIT=PATH UPSTREAM_SIMMIM=PATH
-	$(RUN) -m pytest -q tests/patches
+	$(RUN) -m pytest -q tests/patches tests/downstream/test_weights.py
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

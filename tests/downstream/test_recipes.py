@@ -52,7 +52,7 @@ def test_header_agrees_with_the_values(task: str, path: Path) -> None:
 
 
 def test_tables_follow_the_design() -> None:
-    """Fine-tuning and the probe as the design fixes them; the defaults of the programs equal the recipes."""
+    """Fine-tuning and the probe as their sources have them; the defaults of the programs equal the recipes."""
     for name, model in (("table4_finetune_small", "vit_small_patch16"), ("table5_finetune_base", "vit_base_patch16")):
         config, default = read("finetune", FOLDER / f"{name}.toml"), FinetuneConfig()
         assert isinstance(config, FinetuneConfig)

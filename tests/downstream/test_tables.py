@@ -62,7 +62,8 @@ def test_every_mask_is_flags_that_the_trainers_take() -> None:
             key: value if key == "mask" else float(value) if key in ("alpha", "gamma") else int(value)
             for key, value in values.items()
         }
-        MaskConfig.from_recipe("paper", **typed), name
+        mask = MaskConfig.from_recipe("paper", **typed)
+        assert {key: getattr(mask, key) for key in typed} == typed, name
 
 
 def test_unknown_mask_is_refused() -> None:
