@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Stage = Literal["finetune", "linear_probe", "segment", "detect"]
-STAGES: tuple[Stage, ...] = ("finetune", "linear_probe", "segment", "detect")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from common.training.data import Batch, training_transform
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
 from common.training.loop import choose_precision
-from downstream.finetune import count_correct
+from downstream.finetune import count_correct, pooled
 from downstream.labelled import WithLabel, draw_subset, middle, open_labelled, same_classes
 from downstream.lars import LARS
 from downstream.pictures import draw_layers
@@ -174,8 +174,7 @@ class Probes(nn.Module):
         if self.norm is not None and self.layers[-1] == self.encoder.depth - 1:
             outputs[-1] = self.norm(outputs[-1])
         prefix = self.encoder.num_prefix_tokens
-        pooled = [tokens[:, 0] if self.pool == "cls" else tokens[:, prefix:].mean(dim=1) for tokens in outputs]
-        return torch.stack(pooled, dim=1)
+        return torch.stack([pooled(tokens, prefix, self.pool) for tokens in outputs], dim=1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, height, width], or their features [B, L, D] -> logits [B, L, C]."""

@@ -39,7 +39,7 @@ from downstream.segmentation_data import (
 )
 from downstream.segmentation_inference import Predictor
 from downstream.segmentation_pictures import stacked, triptych
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, train_task
+from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
 from downstream.upernet import NormKind, UperNet, resized
 
 PROGRAM = "downstream.segment"
@@ -110,8 +110,7 @@ class SegmentConfig(TaskConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, instead in _NO_EFFECT.items():
-            usual = next(one.default for one in type(self).__dataclass_fields__.values() if one.name == name)
-            if getattr(self, name) != usual:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise BadInput(f"--{name} has no effect on segmentation: {instead} says it")
         self._require("data_path", bool(self.data_path), "must name a folder in ADE20K's layout")
         self._at_least(1, "iterations", "auxiliary_channels")
@@ -129,6 +128,10 @@ class SegmentConfig(TaskConfig):
     @property
     def total_updates(self) -> int:
         return self.iterations
+
+    @property
+    def warmup_updates(self) -> int:
+        return self.warmup_iterations
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -227,7 +230,7 @@ def build(config: SegmentConfig, processes: Processes) -> Task:
     if config.eval_only and find_resume(config) is None:
         raise BadInput("--eval_only needs a trained model: --resume CHECKPOINT, or one in --output_dir")
     names, training, validation = open_sets(config)
-    say = print if processes.is_main else _silent
+    say = say_once(processes)
     if config.pictures and not can_draw():
         say("no picture of the confusion matrix: matplotlib is not installed (requirements-demo.txt)")
     model = make_model(config, len(names), processes, say)
@@ -279,10 +282,6 @@ def make_model(config: SegmentConfig, classes: int, processes: Processes, say: C
     except ValueError as error:
         raise BadInput(f"--input_size {config.input_size}: {error}") from None
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronised else model  # type: ignore[no-untyped-call]
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,16 +13,15 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from common.model_names import patch_size_of
 from common.training.checkpoint import FREE_TO_CHANGE, differences, find_resume, read_checkpoint
 from common.training.config import LoopConfig, RunConfig, option, parse_flags, with_default
-from common.training.data import Batch, RankBatches, Samples, Transform, collate, count_workers
+from common.training.data import Batch, RankBatches, Samples, Transform, collate, make_loader
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput
-from common.training.interrupt import shield_worker
 from common.training.loop import Collate, Loop
 from common.training.optim import EncoderEMA, lr_after
 from common.training.runlog import run_facts
@@ -88,6 +87,11 @@ class TaskConfig(LoopConfig):
         """Length of the run in updates where a task counts so; 0: --epochs says it."""
         return 0
 
+    @property
+    def warmup_updates(self) -> int:
+        """Length of the warm-up where `total_updates` is not 0."""
+        return 0
+
 
 AnyTask = TypeVar("AnyTask", bound=TaskConfig)
 
@@ -131,6 +135,9 @@ class Task:
     collate: Collate = collate
     facts: dict[str, Any] = field(default_factory=dict)
 
+
+FREE_IN_A_TASK = frozenset(("eval_freq", "eval_only", "pictures", "checkpointing"))
+"""Flags besides FREE_TO_CHANGE that a resumed run may change."""
 
 FREE_IN_EVALUATION = frozenset(("init_from", "drop_path", "checkpointing", "layer_decay"))
 """Flags of the model that do not matter to the scores of given weights; nor do all that are not of the model, but two."""
@@ -176,8 +183,8 @@ class Supervised(Loop):
     def _lr_at(self, epoch: float) -> float:
         if not self.config.total_updates:
             return super()._lr_at(epoch)
-        warmup: int = getattr(self.config, "warmup_iterations", 0)
-        return lr_after(epoch * self.batches.updates, warmup, self.config.total_updates, self.config, self.peak_lr)
+        done, total = epoch * self.batches.updates, self.config.total_updates
+        return lr_after(done, self.config.warmup_updates, total, self.config, self.peak_lr)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -242,7 +249,7 @@ class Supervised(Loop):
         self.scores = {"epoch": epoch, **scores.numbers}
         if self.scores[self.task.metric] > self.best.get(self.task.metric, float("-inf")):
             self.best = self.scores
-        self._draw(scores, (epoch + 1) * self.batches.updates)
+        self._draw(scores, self._updates_after(epoch))
 
     def _told(self, line: dict[str, Any]) -> str:
         return shown({key: line[key] for key in self.scores if key != "epoch" and key in line})
@@ -283,10 +290,6 @@ class Supervised(Loop):
         self._say_where()
         self.log.say(f"result       {path}")
         self.processes.barrier()
-
-
-FREE_IN_A_TASK = frozenset(("eval_freq", "eval_only", "pictures", "checkpointing"))
-"""Flags besides FREE_TO_CHANGE that a resumed run may change."""
 
 
 def _free_in_evaluation(config: TaskConfig) -> frozenset[str]:
@@ -436,17 +439,9 @@ def evaluation_batches(
         BadInput: unreadable images, on every rank and at the end; names all of them, so that they can be seen to at once.
     """
     keys = [(0, index) for index in range(processes.rank, len(source), processes.world)]
-    size = config.batch_size
-    loader = DataLoader(
-        Samples(source, transform, config.seed),
-        batch_sampler=[keys[first : first + size] for first in range(0, len(keys), size)],
-        num_workers=count_workers(config.num_workers),
-        collate_fn=collate_fn,
-        pin_memory=config.pin_mem and processes.device.type == "cuda",
-        worker_init_fn=shield_worker,
-    )
+    batches = [keys[first : first + config.batch_size] for first in range(0, len(keys), config.batch_size)]
     bad: list[str] = []
-    for batch in loader:
+    for batch in make_loader(Samples(source, transform, config.seed), batches, config, processes, collate_fn):
         bad += batch.bad
         if not bad:
             yield batch.to(processes.device)
@@ -458,8 +453,6 @@ def evaluation_batches(
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
     """A uint8 picture [height, width, 3] as PNG, whole or not at all."""
-    from PIL import Image
-
     temporary = path.with_name(f".{path.name}.tmp")
     Image.fromarray(picture).save(temporary, format="PNG")
     os.replace(temporary, path)

@@ -19,7 +19,7 @@ from typing import Any
 
 from common.training.config import RunConfig
 from common.training.errors import BadInput, Parser, run_cli
-from slurm.plan import Resources, check_folder, configuration, plan
+from slurm.plan import Resources, add_resources, check_folder, configuration, plan
 from slurm.rank import Training  # before submitit: sets the signal that submitit will use
 
 import submitit  # isort: skip
@@ -168,9 +168,7 @@ def _parser() -> Parser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--executor", choices=("slurm", "local", "debug"), default="slurm", help="where to run [slurm]")
-    add("--effective_batch", type=int, required=True, help="images an update, of the recipe")
-    add("--batch_per_rank", type=int, required=True, help="images that a GPU can hold at once; the rest is accumulated")
-    add("--nodes", type=int, default=1, help="nodes [1]")
+    add_resources(parser)
     add("--gpus_per_node", type=int, default=0, help="GPUs of a node, one rank each [0: CPUs]")
     add("--tasks_per_node", type=int, default=1, help="ranks of a node without GPUs [1]")
     add("--cpus_per_task", type=int, default=10, help="cores of a rank [10]")

@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from common.mask_config import MaskConfig
 from common.training.checkpoint import FREE_TO_CHANGE, check_same_run, differences, find_resume, read_checkpoint
@@ -191,12 +190,12 @@ def check_checkpoint(config: RunConfig, mask_config: MaskConfig | None, effectiv
             raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
 
 
-def add_resources(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+def add_resources(parser: argparse.ArgumentParser) -> None:
     """The flags of :class:`Resources` but for the ranks."""
-    parser.add_argument("--nodes", type=int, default=1, help="nodes")
     parser.add_argument("--effective_batch", type=int, required=True, help="images an update, of the recipe")
-    parser.add_argument("--batch_per_rank", type=int, required=True, help="images that a GPU can hold at once")
-    parser.set_defaults(**defaults)
+    held = "images that a GPU can hold at once; the rest is accumulated"
+    parser.add_argument("--batch_per_rank", type=int, required=True, help=held)
+    parser.add_argument("--nodes", type=int, default=1, help="nodes [1]")
 
 
 def main(argv: Sequence[str]) -> None:

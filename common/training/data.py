@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -186,7 +186,7 @@ class RankBatches(Sampler[list[Key]]):
 
 def make_loader(
     samples: Samples,
-    batches: RankBatches,
+    batches: Iterable[list[Key]],
     config: RunConfig,
     processes: Processes,
     collate_fn: Callable[[list[Any]], Batch] = collate,

@@ -134,6 +134,7 @@ class Pretraining(Loop):
         super().__init__(config, method.model, samples, batches, processes, method.facts)
         self.mask_config, self.method, self.mask = mask_config, method, mask
         self.last_loss = math.nan
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)  # images whose mask needed no attention
         if self.resumed_from is None and config.init_from:
             self.log.say(load_weights(self.model, Path(config.init_from), method.may_miss))
         if mask_config.attention_from == "ema" and mask_config.uses_attention:
@@ -166,10 +167,9 @@ class Pretraining(Loop):
         self.skipped += masks.skipped.sum()
         return lambda: self.method.loss(self.trained, batch, masks.mask)
 
-    def _train_update(self, epoch: int, update: int, stream: Iterator[Batch], watch: Stopwatch) -> None:
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        super()._train_update(epoch, update, stream, watch)
-        self._add(skipped_attention=float(self.processes.sum(self.skipped)))
+    def _tallies(self) -> dict[str, float]:
+        skipped, self.skipped = self.skipped, torch.zeros_like(self.skipped)
+        return {"skipped_attention": float(skipped)}
 
     def _make_mask(self, batch: Batch) -> MaskBatch:
         with self._attention_pass() as attention_fn:

@@ -83,6 +83,10 @@ class Loop:
         """Prepares a batch outside autocast, and returns what computes its loss, the mean over the batch, inside."""
         raise NotImplementedError
 
+    def _tallies(self) -> dict[str, float]:
+        """This rank's numbers since the last call, to be summed over ranks and updates for the epoch's log line."""
+        return {}
+
     def _before_epoch(self, epoch: int) -> None:
         """Called at the start of an epoch, also of one that is taken up in its middle."""
 
@@ -116,6 +120,10 @@ class Loop:
 
     def _updates_in(self, epoch: int) -> int:
         return min(self.batches.updates, self.total_updates - epoch * self.batches.updates)
+
+    def _updates_after(self, epoch: int) -> int:
+        """Updates of the run that are done when this epoch is."""
+        return epoch * self.batches.updates + self._updates_in(epoch)
 
     def _resume(self) -> None:
         """Takes up the checkpoint that :func:`find_resume` chose, if there is one; then wraps the model for training."""
@@ -203,9 +211,10 @@ class Loop:
             bad += batch.bad
         total_norm = self._gradient_norm()
         norm = float(total_norm)
-        mine = [float(torch.stack(losses).mean()), len(bad), self.interruption.requested]
+        tallies = self._tallies()
+        mine = [float(torch.stack(losses).mean()), len(bad), self.interruption.requested, *tallies.values()]
         sums = torch.tensor(mine, dtype=torch.float64, device=self.device)
-        loss_sum, bad_sum, signals = self.processes.sum(sums).tolist()
+        loss_sum, bad_sum, signals, *summed = self.processes.sum(sums).tolist()
         self.asked_to_stop = signals > 0
         loss = loss_sum / self.processes.world
         if bad_sum and self.config.on_bad_image == "raise":
@@ -216,6 +225,7 @@ class Loop:
         watch.lap("model")
         watch.settle()
         self._count(epoch, update, loss, norm, lr, bad_sum)
+        self._add(**dict(zip(tallies, summed, strict=True)))
 
     def _set_lr(self, epoch: int, update: int) -> float:
         lr = self._lr_at(epoch + update / self.batches.updates)
@@ -307,7 +317,7 @@ class Loop:
             f"({watch.shares()})"
         )
         self._after_epoch(epoch, line)
-        self.log.epoch(line, epoch * self.batches.updates + self._updates_in(epoch))
+        self.log.epoch(line, self._updates_after(epoch))
         told = self._told(line)
         bad = f"  unreadable images {line['bad_images']}" if line["bad_images"] else ""
         self.log.say(said + (f"  {told}" if told else "") + bad)

@@ -90,11 +90,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 class Counted(FinetuneConfig):
     """Seven updates, two of them warm-up."""
 
-    warmup_iterations: int = 2
-
     @property
     def total_updates(self) -> int:
         return 7
+
+    @property
+    def warmup_updates(self) -> int:
+        return 2
 
 
 @pytest.mark.usefixtures("small")
