@@ -28,8 +28,8 @@ from typing import Any, Literal
 from common.training.errors import BadInput, Parser, run_cli
 from common.training.interrupt import EXIT_INTERRUPTED, Interrupted
 from common.training.runlog import write_text
-from downstream.make_scenes import make_scenes
 from downstream.tables import TABLES, write_tables
+from scenes.make import make_scenes
 from slurm import cost
 from slurm.graph import PROJECT, Run, Setting, check_recipes, data_of, graph
 from slurm.plan import Resources, plan

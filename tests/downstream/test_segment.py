@@ -23,11 +23,12 @@ from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from common.training.runlog import RESULT
-from downstream import labelme_voc, segmentation_pictures, training
+from downstream import segmentation_pictures, training
 from downstream.confusion import IGNORED, confusion_matrix, scores_of
 from downstream.segment import PROGRAM, SegmentConfig, build, main, make_loss
 from downstream.segmentation_data import SegmentationSource, validation_transform
 from downstream.segmentation_inference import Predictor
+from scenes import labelme
 from tests.conftest import assert_same, free_ports, read_log, run_module, write_images
 from tests.downstream.test_segmentation_data import CLASSES, write_folder
 from tests.methods import MAINS, flags, shallow_models
@@ -408,7 +409,7 @@ def test_overfits_real_photographs(
     mae = partial(mae_evolved.model.MODELS["mae_vit_tiny_patch8"], depth=4, decoder_depth=1)
     monkeypatch.setitem(mae_evolved.model.MODELS, "mae_vit_tiny_patch8", mae)
     monkeypatch.setitem(downstream.vit.MODELS, "vit_tiny_patch8", partial(downstream.vit.MODELS["vit_tiny_patch8"], depth=4))
-    labelme_voc.convert(LABELME, tmp_path / "voc")
+    labelme.convert(LABELME, tmp_path / "voc")
     pretrained, output = tmp_path / "mae", tmp_path / "run"
     shared = "--num_workers 0 --device cpu"
     flags = "--model mae_vit_tiny_patch8 --input_size 96x128 --batch_size 8 --epochs 2 --repeat 16 --warmup_epochs 1 --lr 1e-3"
@@ -432,7 +433,7 @@ def write_voc(root: Path) -> Path:
 
 
 def test_labelme_folders(tmp_path: Path) -> None:
-    assert labelme_voc.convert(write_voc(tmp_path / "voc"), tmp_path / "out", val=0.25) == [
+    assert labelme.convert(write_voc(tmp_path / "voc"), tmp_path / "out", val=0.25) == [
         "_background_",
         "bird",
         "potted plant",
@@ -457,5 +458,5 @@ def test_labelme_folders(tmp_path: Path) -> None:
 def test_unusable_labelme_folders(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
     spoil(write_voc(tmp_path / "voc"))
     with pytest.raises(BadInput, match=message):
-        labelme_voc.convert(tmp_path / "voc", tmp_path / "out")
+        labelme.convert(tmp_path / "voc", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.draws import Stream, hash_seed
-from downstream.scene_sources import SMALLEST_CROP, SPLITS, Picture, Pool
+from scenes.sources import SMALLEST_CROP, SPLITS, Picture, Pool
 
 MAX_OBJECTS = 3
 MAIN_AREA = (0.10, 0.35)  # opaque area of the main object, as a share of the scene

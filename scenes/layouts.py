@@ -1,4 +1,4 @@
-"""The three layouts of composed scenes: ImageNet folders, ADE20K, COCO. make_scenes.py draws the tree.
+"""The three layouts of composed scenes: ImageNet folders, ADE20K, COCO. make.py draws the tree.
 
 C classes   H, W height and width in pixels   S side of a scene
 """
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from downstream.scene_drawing import Scene
-from downstream.scene_sources import SPLITS
+from scenes.drawing import Scene
+from scenes.sources import SPLITS
 
 ADE20K = {"train": "training", "val": "validation"}
 COCO = {"train": "train2017", "val": "val2017"}

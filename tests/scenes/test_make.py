@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 
 from common.training.errors import BadInput, run_cli
-from downstream import make_scenes as program
-from downstream import scene_sources
-from downstream.contact_sheet import decode_run_lengths
-from downstream.make_scenes import main, make_scenes
-from downstream.scene_drawing import DOMINANCE, VISIBLE_MAIN, VISIBLE_OTHER, draw_scene
-from downstream.scene_layouts import ADE20K, COCO, box_of, run_lengths
-from downstream.scene_sources import SPLITS, Library, Picture, Pool, divide, load_library, missing_packages, reason_against
+from scenes import make as program
+from scenes import sources
+from scenes.contact_sheet import decode_run_lengths
+from scenes.drawing import DOMINANCE, VISIBLE_MAIN, VISIBLE_OTHER, draw_scene
+from scenes.layouts import ADE20K, COCO, box_of, run_lengths
+from scenes.make import main, make_scenes
+from scenes.sources import SPLITS, Library, Picture, Pool, divide, load_library, missing_packages, reason_against
 
-needs_photos = pytest.mark.skipif(bool(missing_packages()), reason=f"run: {scene_sources.INSTALL}")
+needs_photos = pytest.mark.skipif(bool(missing_packages()), reason=f"run: {sources.INSTALL}")
 COUNTS = {"train": 30, "val": 18}
 
 
@@ -254,12 +254,12 @@ def test_no_picture_of_one_split_is_another_size_or_a_mirror_of_one_of_the_other
     library = load_library("photos", 64)
     pairs = product(thumbnails(library, "train"), thumbnails(library, "val"))
     assert max(alike(one, other) for one, other in pairs) < 0.95
-    stamps = scene_sources.SHARE / "tuxpaint/stamps"
+    stamps = sources.SHARE / "tuxpaint/stamps"
     for name in ("vehicles/construction/dumper", "household/tools/measuring_tape"):
-        pair = [thumbnail(scene_sources._open_cutout(stamps / f"{name}{end}.png")) for end in ("", "_mirror")]
+        pair = [thumbnail(sources._open_cutout(stamps / f"{name}{end}.png")) for end in ("", "_mirror")]
         assert alike(*pair) > 0.95
-    photograph = scene_sources.SHARE / scene_sources.BACKGROUNDS[0]
-    assert alike(*[thumbnail(scene_sources._open_background(photograph, side)) for side in (100, 400)]) > 0.95
+    photograph = sources.SHARE / sources.BACKGROUNDS[0]
+    assert alike(*[thumbnail(sources._open_background(photograph, side)) for side in (100, 400)]) > 0.95
 
 
 @needs_photos
@@ -273,9 +273,7 @@ def test_kept_cutouts_are_photographs() -> None:
     assert "household/arttools/highlighter.png" in library.left_out
     drawn = [f"food/fruit/cartoon/{name}.png" for name in ("apple", "banana", "lemon", "orange", "pear", "strawberry")]
     for name in [*drawn, "animals/insects/bee.png", "animals/mammals/hedgehog.png"]:
-        assert reason_against(scene_sources._open_cutout(scene_sources.SHARE / "tuxpaint/stamps" / name)).startswith("drawn"), (
-            name
-        )
+        assert reason_against(sources._open_cutout(sources.SHARE / "tuxpaint/stamps" / name)).startswith("drawn"), name
 
 
 def test_reasons_against_a_cutout() -> None:
@@ -301,11 +299,11 @@ def test_divide_does_not_depend_on_order_and_leaves_one_for_each() -> None:
 def test_without_the_packages_shapes_are_drawn_and_this_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(scene_sources, "SHARE", tmp_path)
+    monkeypatch.setattr(sources, "SHARE", tmp_path)
     main([str(tmp_path / "out"), "--train", "3", "--val", "1", "--workers", "1"])
     said = capsys.readouterr().out
     assert "drawn shapes, since these packages are not installed: tuxpaint-stamps-default, mate-backgrounds, lomiri" in said
-    assert scene_sources.INSTALL in said
+    assert sources.INSTALL in said
     assert (tmp_path / "out/SOURCES.txt").read_text().startswith("Scenes of drawn shapes")
     assert json.loads((tmp_path / "out/scenes.json").read_text())["settings"]["sources"] == "shapes"
     with pytest.raises(BadInput, match=r"--sources photos: not installed: .*; run: apt install"):
@@ -434,7 +432,7 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
 def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     with pytest.raises(BadInput, match=r"broken\.png cannot be read as a picture"):
-        scene_sources._open_cutout(tmp_path / "broken.png")
+        sources._open_cutout(tmp_path / "broken.png")
 
 
 def test_the_contact_sheet_marks_every_object(scenes: Path) -> None:
