@@ -36,7 +36,7 @@ demo-simmim: $(VENV)/.demo  ## pre-train a small SimMIM with evolved masks on ph
 	$(RUN) -m simmim_evolved.main_simmim --config simmim_evolved/recipes/demo.toml --resume none --output_dir output/demo_simmim
 
 reproduce-tiny: $(VENV)/.dev  ## Table 4 in the small: 19 runs from pre-training to the printed table (CPU, minutes)
-	$(RUN) -m slurm.reproduce --table 4 --scale tiny --local
+	$(RUN) -m paper.reproduce --table 4 --scale tiny --local
 
 test: $(VENV)/.dev  ## all tests, on all cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal

@@ -35,7 +35,7 @@ eval "$given"
 unset given
 
 : "${PARTITION=}" "${ACCOUNT=}" "${QOS=}" "${MEM=}" "${SBATCH_OPTIONS=}" "${SRUN_OPTIONS=}" "${ACTIVATE=}"
-: "${UPSTREAM=}" "${AFTER=}" "${CHECKED=}" # AFTER: jobs to wait for, A:B; CHECKED: slurm.reproduce has made the plan
+: "${UPSTREAM=}" "${AFTER=}" "${CHECKED=}" # AFTER: jobs to wait for, A:B; CHECKED: paper.reproduce has made the plan
 : "${TIME=24:00:00}" "${CPUS_PER_TASK=10}" "${TASKS_PER_NODE=1}" "${TOKENIZER=}"
 : "${SIGNAL_SECONDS=${SIGNAL_DEFAULT:-120}}" "${DIST_TIMEOUT=10}" "${MAX_RESTARTS=3}"
 

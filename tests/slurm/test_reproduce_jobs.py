@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from downstream.tables import TABLES
+from paper.tables import TABLES
 from tests.conftest import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import WAIT, until
@@ -22,13 +22,13 @@ RUNS = 19  # a tokenizer, six pre-trainings, and two runs behind each
 
 
 def reproduce(cluster: Cluster, root: Path, *flags: str, **site: str) -> subprocess.CompletedProcess[str]:
-    """`python -m slurm.reproduce --table 4 --scale tiny FLAGS` on the login node of a cluster without GPUs."""
+    """`python -m paper.reproduce --table 4 --scale tiny FLAGS` on the login node of a cluster without GPUs."""
     values = {
         "SITE_ENV": os.devnull, "NODES": "1", "GPUS_PER_NODE": "0", "CPUS_PER_TASK": "1", "TIME": "00:20:00",
         "ACTIVATE": f"export PATH={Path(sys.executable).parent}:$PATH OMP_NUM_THREADS=1",
     }  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-m", "slurm.reproduce", "--table", "4", "--scale", "tiny", "--output_dir", str(root), *flags],
+        [sys.executable, "-m", "paper.reproduce", "--table", "4", "--scale", "tiny", "--output_dir", str(root), *flags],
         cwd=ROOT, env={**cluster.environment, **values, **site}, capture_output=True, text=True, timeout=2 * WAIT, check=False,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The runs behind a table of the paper, and which of them wait for which.
 
-Every place of a table names an encoder and a stage (downstream/tables.py); an encoder needs its pre-training, BEiT at tiny scale
+Every place of a table names an encoder and a stage (paper/tables.py); an encoder needs its pre-training, BEiT at tiny scale
 its tokenizer too.
 """
 
@@ -15,9 +15,9 @@ from typing import Literal
 from common.training.checkpoint import LAST
 from common.training.errors import BadInput
 from common.training.runlog import RESULT
-from downstream.experiments import MASKS, Encoder, Stage
-from downstream.tables import TABLES, folder_of
-from slurm import cost
+from paper import cost
+from paper.experiments import MASKS, Encoder, Stage
+from paper.tables import TABLES, folder_of
 
 Scale = Literal["full", "tiny"]
 PROJECT = Path(__file__).resolve().parents[1]

@@ -15,15 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit_evolved.model import MODELS as BEIT
 from common.masks import mae_ids
 from common.training.errors import BadInput
-from downstream.tables import TABLES
 from downstream.upernet import UperNet
 from downstream.vit import build_encoder
 from mae_evolved.model import MODELS as MAE
+from paper import cost, reproduce
+from paper.graph import Run, Setting, graph
+from paper.reproduce import main
+from paper.tables import TABLES
 from simmim_evolved.model import MODELS as SIMMIM
-from slurm import cost, reproduce
-from slurm.graph import Run, Setting, graph
 from slurm.plan import configuration
-from slurm.reproduce import main
 from tests.conftest import ROOT
 
 DATA = {name: f"<{name}>" for name in ("imagenet", "ade20k", "coco")}

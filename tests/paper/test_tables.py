@@ -11,8 +11,8 @@ import pytest
 
 from common.mask_config import MaskConfig
 from common.training.errors import BadInput
-from downstream.experiments import MASKS, Encoder
-from downstream.tables import TABLES, as_csv, as_markdown, lines_of, main, measured, read_metric
+from paper.experiments import MASKS, Encoder
+from paper.tables import TABLES, as_csv, as_markdown, lines_of, main, measured, read_metric
 
 OURS = Encoder("mae", "small", 200, "evolved")
 
