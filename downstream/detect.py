@@ -23,7 +23,7 @@ from common.training.config import Interpolation, LrSchedule, RunConfig, option,
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
-from downstream.coco import (
+from downstream.detection.coco import (
     MASK_THRESHOLD,
     CocoScores,
     CocoSource,
@@ -35,7 +35,7 @@ from downstream.coco import (
     decoded,
     fitted,
 )
-from downstream.mask_rcnn import COARSEST, MaskRCNN, paste
+from downstream.detection.mask_rcnn import COARSEST, MaskRCNN, paste
 from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
 from downstream.vit import MODELS
 

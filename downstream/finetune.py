@@ -23,8 +23,16 @@ from common.training.config import RunConfig, option, with_default
 from common.training.data import Batch, denormalise
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from downstream.classification.labelled import (
+    Labelled,
+    augmentation,
+    draw_subset,
+    is_rand_augment,
+    middle,
+    open_labelled,
+    same_classes,
+)
 from downstream.confusion import confusion_matrix
-from downstream.labelled import Labelled, augmentation, draw_subset, is_rand_augment, middle, open_labelled, same_classes
 from downstream.pictures import draw_confusion, draw_predictions
 from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
 from downstream.vit import MODELS, Encoder

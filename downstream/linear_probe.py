@@ -23,10 +23,10 @@ from common.training.data import Batch, training_transform
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
 from common.training.loop import choose_precision
+from downstream.classification.labelled import WithLabel, draw_subset, middle, open_labelled, same_classes
 from downstream.finetune import count_correct, pooled
-from downstream.labelled import WithLabel, draw_subset, middle, open_labelled, same_classes
-from downstream.lars import LARS
 from downstream.pictures import draw_layers
+from downstream.probing.lars import LARS
 from downstream.training import (
     Scores,
     Supervised,

@@ -29,7 +29,7 @@ from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
 from downstream.confusion import IGNORED, confusion_matrix, scores_of
 from downstream.pictures import can_draw, draw_confusion
-from downstream.segmentation_data import (
+from downstream.segmentation.data import (
     MOST_CLASSES,
     SegmentationSource,
     TrainingTransform,
@@ -37,10 +37,10 @@ from downstream.segmentation_data import (
     collate_whole,
     validation_transform,
 )
-from downstream.segmentation_inference import Predictor
-from downstream.segmentation_pictures import stacked, triptych
+from downstream.segmentation.inference import Predictor
+from downstream.segmentation.pictures import stacked, triptych
+from downstream.segmentation.upernet import NormKind, UperNet, resized
 from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
-from downstream.upernet import NormKind, UperNet, resized
 
 PROGRAM = "downstream.segment"
 DESCRIPTION = (

@@ -23,11 +23,11 @@ SPARED = 0.376
 """Share of attention passes that the schedule spares in a run with gamma 2: measured by benchmarks/skipped_passes.py."""
 
 UPERNET_GMACS = {"small": 157.7, "base": 606.8}
-"""Encoder, decoder and auxiliary head on one crop of 512 px: torch's FlopCounterMode on downstream/upernet.py (tested)."""
+"""Encoder, decoder and auxiliary head on one crop of 512 px: FlopCounterMode on downstream/segmentation/upernet.py (tested)."""
 
 MASK_RCNN_HEADS_GMACS = 231.0
 """Pyramid, proposals and heads on one training image of 1024 px with 7 objects: torch's FlopCounterMode on
-downstream/mask_rcnn.py. It varies a little with the regions that are sampled."""
+downstream/detection/mask_rcnn.py. It varies a little with the regions that are sampled."""
 
 
 def vit_macs(width: int, depth: int, tokens: int) -> float:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from common.training.errors import BadInput, Parser, run_cli
 from downstream.confusion import IGNORED
-from downstream.segmentation_data import MOST_CLASSES, SPLITS
+from downstream.segmentation.data import MOST_CLASSES, SPLITS
 
 PROGRAM = "scenes.labelme"
 _LABELS = ("SegmentationClassPNG", "SegmentationClass")

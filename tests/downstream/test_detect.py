@@ -21,9 +21,9 @@ from beit_evolved.model import BEiT
 from common.training.config import parse_flags
 from common.training.distributed import start_processes
 from common.training.errors import BadInput
-from downstream.coco import CocoSource, fitted
 from downstream.detect import DetectConfig, Evaluation, draw, main, make_model
-from downstream.mask_rcnn import MaskRCNN
+from downstream.detection.coco import CocoSource, fitted
+from downstream.detection.mask_rcnn import MaskRCNN
 from downstream.training import layerwise_groups
 from mae_evolved.main_pretrain import main as pretrain
 from mae_evolved.model import MaskedAutoencoder

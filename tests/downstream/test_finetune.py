@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from common.training.data import Batch
 from common.training.errors import BadInput, run_cli
 from downstream import finetune
+from downstream.classification.labelled import middle, open_labelled
 from downstream.finetune import Classifier, FinetuneConfig, MixedLoss, count_correct
-from downstream.labelled import middle, open_labelled
 from downstream.training import evaluation_batches
 from downstream.vit import METHODS, Encoder, Method
 from tests.conftest import ROOT, assert_same, free_ports, read_log, run_module
-from tests.downstream.classification import CLASSES, ONE, SMALL, assert_refused, result, saved, shake, shrink_models, write_set
+from tests.downstream.labelled_folder import CLASSES, ONE, SMALL, assert_refused, result, saved, shake, shrink_models, write_set
 from tests.downstream.test_weights import pretrained
 
 EVERYTHING = (

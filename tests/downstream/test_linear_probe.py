@@ -16,11 +16,11 @@ from torch.nn import functional
 from common.training.data import Batch
 from common.training.errors import BadInput, run_cli
 from downstream import linear_probe
-from downstream.labelled import middle, open_labelled
+from downstream.classification.labelled import middle, open_labelled
 from downstream.linear_probe import ProbeConfig, Probes, extract, knn_votes, probe_loss
 from downstream.vit import METHODS, Encoder, Method
 from tests.conftest import assert_same, free_ports, read_log, run_module
-from tests.downstream.classification import ONE, SMALL, assert_refused, result, saved, shake, shrink_models, write_set
+from tests.downstream.labelled_folder import ONE, SMALL, assert_refused, result, saved, shake, shrink_models, write_set
 from tests.downstream.test_weights import pretrained
 
 

@@ -23,14 +23,15 @@ from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from common.training.runlog import RESULT
-from downstream import segmentation_pictures, training
+from downstream import training
 from downstream.confusion import IGNORED, confusion_matrix, scores_of
 from downstream.segment import PROGRAM, SegmentConfig, build, main, make_loss
-from downstream.segmentation_data import SegmentationSource, validation_transform
-from downstream.segmentation_inference import Predictor
+from downstream.segmentation import pictures as segmentation_pictures
+from downstream.segmentation.data import SegmentationSource, validation_transform
+from downstream.segmentation.inference import Predictor
 from scenes import labelme
 from tests.conftest import assert_same, free_ports, read_log, run_module, write_images
-from tests.downstream.test_segmentation_data import CLASSES, write_folder
+from tests.downstream.segmentation.test_data import CLASSES, write_folder
 from tests.methods import MAINS, flags, shallow_models
 
 RECIPE = Path(__file__).parents[2] / "downstream/recipes/ade20k_upernet_80k.toml"

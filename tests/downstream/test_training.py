@@ -14,12 +14,12 @@ from torch import nn
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from downstream import finetune, linear_probe
+from downstream.classification.labelled import Labelled, middle, open_labelled
 from downstream.finetune import Classifier, FinetuneConfig, make_task
-from downstream.labelled import Labelled, middle, open_labelled
 from downstream.training import TaskConfig, evaluation_batches, layerwise_groups, train_task
 from downstream.vit import METHODS, Encoder, Method
 from tests.conftest import read_log
-from tests.downstream.classification import ONE, SMALL, assert_refused, result, saved, shrink_models, write_set
+from tests.downstream.labelled_folder import ONE, SMALL, assert_refused, result, saved, shrink_models, write_set
 
 DECAY = 0.65
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit_evolved.model import MODELS as BEIT
 from common.masks import mae_ids
 from common.training.errors import BadInput
-from downstream.upernet import UperNet
+from downstream.segmentation.upernet import UperNet
 from downstream.vit import build_encoder
 from mae_evolved.model import MODELS as MAE
 from paper import cost, reproduce

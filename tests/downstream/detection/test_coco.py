@@ -15,7 +15,7 @@ from pycocotools import mask as tools
 
 from common.training.data import seeded
 from common.training.errors import BadInput
-from downstream.coco import (
+from downstream.detection.coco import (
     CocoScores,
     CocoSource,
     Fit,

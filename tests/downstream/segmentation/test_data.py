@@ -15,7 +15,7 @@ from torch import Tensor
 from common.training.data import denormalise, seeded
 from common.training.errors import BadInput
 from downstream.confusion import IGNORED
-from downstream.segmentation_data import (
+from downstream.segmentation.data import (
     SegmentationSource,
     TrainingTransform,
     class_names,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from downstream.segmentation_data import cover_size, window_starts
-from downstream.upernet import resized
+from downstream.segmentation.data import cover_size, window_starts
+from downstream.segmentation.upernet import resized
 
 
 @dataclass(frozen=True)

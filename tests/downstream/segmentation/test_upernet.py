@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from downstream.upernet import POOLS, NormKind, PyramidPooling, UperNet, feature_blocks, make_norm, resized
+from downstream.segmentation.upernet import POOLS, NormKind, PyramidPooling, UperNet, feature_blocks, make_norm, resized
 from downstream.vit import METHODS, Encoder, Method
 
 

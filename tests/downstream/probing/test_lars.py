@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from downstream.lars import LARS
+from downstream.probing.lars import LARS
 
 START = {"matrix": (5, 3), "kernel": (2, 3, 2, 2), "bias": (5,), "zero": (4, 2), "still": (2, 2)}
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
-from downstream.mask_rcnn import LEVELS, MaskRCNN, SimpleFeaturePyramid, paste, strides
+from downstream.detection.mask_rcnn import LEVELS, MaskRCNN, SimpleFeaturePyramid, paste, strides
 from downstream.vit import Encoder
 from tests.downstream.coco_folder import ellipse
 

@@ -18,8 +18,7 @@ from torchvision.transforms import InterpolationMode
 from common.training.data import IMAGENET_MEAN, IMAGENET_STD, RankBatches, Samples, make_loader
 from common.training.errors import BadInput
 from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource
-from downstream.finetune import FinetuneConfig
-from downstream.labelled import (
+from downstream.classification.labelled import (
     FASHION_CLASSES,
     Labelled,
     Subset,
@@ -30,7 +29,8 @@ from downstream.labelled import (
     open_labelled,
     same_classes,
 )
-from tests.downstream.classification import CLASSES, ONE, write_set
+from downstream.finetune import FinetuneConfig
+from tests.downstream.labelled_folder import CLASSES, ONE, write_set
 
 
 def config(**values: Any) -> FinetuneConfig:
