@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.mask_token_encoder import MaskTokenEncoder, init_normal
+from common.models.mask_token_encoder import MaskTokenEncoder, init_normal
 
 VOCABULARY = 8192
 """Codes of the DALL-E tokenizer, and of BEiT's own."""

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from common.model_names import patch_size_of
+from common.models.names import patch_size_of
 from common.training.checkpoint import find_resume
 from common.training.config import Interpolation, LrSchedule, RunConfig, option, with_default
 from common.training.data import Batch

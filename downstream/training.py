@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common.model_names import patch_size_of
+from common.models.names import patch_size_of
 from common.training.checkpoint import FREE_TO_CHANGE, differences, find_resume, read_checkpoint
 from common.training.config import LoopConfig, RunConfig, option, parse_flags, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, make_loader

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from common.mask_token_encoder import reset_as_beit
-from common.model_names import patch_grid
-from common.relative_position import BiasedBlock, BiasedLinear, relative_position_index
-from common.timm_layers import PatchEmbed
+from common.models.mask_token_encoder import reset_as_beit
+from common.models.names import patch_grid
+from common.models.relative_position import BiasedBlock, BiasedLinear, relative_position_index
+from common.models.timm_layers import PatchEmbed
 from mae_evolved.model import sincos_positions
 
 Method = Literal["mae", "beit", "simmim"]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from common.attention import Layers, Values, stream_attention
 from common.masks import mae_ids
-from common.model_names import patch_grid
-from common.model_names import patch_size_of as patch_size_of
-from common.timm_layers import Block, PatchEmbed
+from common.models.names import patch_grid
+from common.models.names import patch_size_of as patch_size_of
+from common.models.timm_layers import Block, PatchEmbed
 
 ENCODER_FREE_PREFIXES = ("decoder_", "mask_token")
 """State-dict keys that an encoder-only checkpoint lacks begin with one of these."""

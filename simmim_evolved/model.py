@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from common.attention import Layers, Values
-from common.mask_token_encoder import MaskTokenEncoder
 from common.masks import pixel_mask
+from common.models.mask_token_encoder import MaskTokenEncoder
 
 
 class SimMIM(nn.Module):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from common.mask_config import RECIPES, MaskConfig, Strategy
-from common.model_names import patch_size_of
+from common.models.names import patch_size_of
 from common.training.errors import BadInput, Parser
 
 

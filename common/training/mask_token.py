@@ -1,4 +1,4 @@
-"""Flags that BEiT and SimMIM share: both train the encoder of common/mask_token_encoder.py."""
+"""Flags that BEiT and SimMIM share: both train the encoder of common/models/mask_token_encoder.py."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BeitConfig, BeitForMaskedImageModeling
 
 from beit_evolved.model import MODELS, BEiT
-from common.model_names import patch_size_of
+from common.models.names import patch_size_of
 
 SIZES = {  # width, depth, patch, layer scale
     "beit_tiny_patch4_8k_vocab": (192, 12, 4, 0.1),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.attention import AttentionTap, attention_mode, choose_layers, graph_from_blocks, patch_graph, stream_attention
-from common.timm_layers import Block
+from common.models.timm_layers import Block
 
 WIDTH, HEADS, TOKENS = 12, 3, 7
 

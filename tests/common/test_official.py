@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common import official
 from common.evolved_mask import add_arguments, attach, check_arguments, load_state, masks_for, saved_state, set_epoch
 from common.masks import mae_ids
-from common.timm_layers import Block
+from common.models.timm_layers import Block
 from mae_evolved.model import MaskedAutoencoder
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.timm_layers import Block
+from common.models.timm_layers import Block
 from downstream.vit import METHODS, MODELS, Encoder, GridAttention, Method, build_encoder, from_windows, layer_of, to_windows
 
 SIZES = {"patch_size": 4, "width": 24, "depth": 3, "heads": 2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.model_names import patch_size_of
+from common.models.names import patch_size_of
 from simmim_evolved.model import MODELS, SimMIM, masked_l1
 from tests.beit_evolved.test_model import encoder_table, shapes
 

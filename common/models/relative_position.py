@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.timm_layers import DropPath, Mlp
+from common.models.timm_layers import DropPath, Mlp
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 

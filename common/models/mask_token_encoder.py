@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from common.attention import Layers, Values, stream_attention
-from common.model_names import patch_grid
-from common.relative_position import BiasedBlock, LayerNorm, RelativePositionBias
-from common.timm_layers import PatchEmbed, trunc_normal_
+from common.models.names import patch_grid
+from common.models.relative_position import BiasedBlock, LayerNorm, RelativePositionBias
+from common.models.timm_layers import PatchEmbed, trunc_normal_
 
 INIT_STD = 0.02
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from common.attention import attention_mode
-from common.mask_token_encoder import MaskTokenEncoder
-from common.relative_position import BiasedAttention, BiasedBlock, RelativePositionBias, relative_position_index
-from common.timm_layers import Block
+from common.models.mask_token_encoder import MaskTokenEncoder
+from common.models.relative_position import BiasedAttention, BiasedBlock, RelativePositionBias, relative_position_index
+from common.models.timm_layers import Block
 
 
 def small_encoder(**options: object) -> MaskTokenEncoder:
