@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -419,22 +419,3 @@ class EvolvedMask:
                 f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
             )
         return graph
-
-
-# --- The calls that patches insert into the official code --------------------------------------------------------
-
-PATCH_CALLS = (
-    "prepare", "add_small_model", "add_arguments", "check_arguments", "attach", "load_state", "set_epoch", "masks_for",
-    "saved_state",
-)  # fmt: skip
-"""Names that patched scripts use as `evolved_mask.NAME`; common/official.py holds them."""
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        """Those of PATCH_CALLS, imported on first use: the method itself needs no command line and no processes."""
-        if name not in PATCH_CALLS:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from common import official
-
-        return getattr(official, name)

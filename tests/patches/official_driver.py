@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import evolved_mask, official
+from common import evolved_mask
+from patches import seam
 
 TINY = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2}
 
@@ -67,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sys.path.insert(0, os.getcwd())
     sys.argv = [script, *flags]
-    official.prepare(upstream)
+    seam.prepare(upstream)
     add_tiny(upstream)
     log: dict[str, Any] = {"losses": [], "masks": [], "parts": [], "epochs": []}
     record(log)

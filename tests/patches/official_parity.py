@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common import official
 from common.evolved_mask import select_masked
+from patches import seam
 
 LossOf = Callable[[Tensor], Tensor]
 BATCH, PATCHES, VOCABULARY = 2, 196, 8192
@@ -58,19 +58,19 @@ def mae(size: str) -> Pair:
     models = importlib.import_module("models_mae")
     from mae_evolved.model import MODELS
 
-    official.add_small_model(models)
+    seam.add_small_model(models)
     name = f"mae_vit_{size}_patch16"
     theirs, ours = vars(models)[name](norm_pix_loss=True), MODELS[name]()
 
     def official_loss(mask: Tensor) -> Tensor:
-        theirs.random_masking = lambda tokens, ratio: official.gather_visible(tokens, mask)
+        theirs.random_masking = lambda tokens, ratio: seam.gather_visible(tokens, mask)
         return theirs(images())[0]
 
     return Pair(theirs, ours, official_loss, lambda mask: ours(images(), mask)[0], 147)
 
 
 def beit(size: str) -> Pair:
-    official.add_small_model(importlib.import_module("modeling_pretrain"))
+    seam.add_small_model(importlib.import_module("modeling_pretrain"))
     from timm.models import create_model
 
     from beit_evolved.model import MODELS
@@ -139,7 +139,7 @@ def main() -> None:
     torch.manual_seed(0)
     sys.path.insert(0, os.getcwd())
     upstream = sys.argv[1]
-    official.prepare(upstream)
+    seam.prepare(upstream)
     build = {"mae": mae, "beit": beit, "simmim": simmim}[upstream]
     print(json.dumps({size: compare(build(size)) for size in ("small", "base")}))
 

@@ -12,7 +12,7 @@ import textwrap
 import pytest
 import yaml
 
-from common import evolved_mask
+from patches import seam
 from patches.apply import HERE, Patch, parse_patch, read_patch, read_upstream, render
 
 NAMES = ("mae", "beit", "simmim")
@@ -53,37 +53,37 @@ def test_every_block_parses_alone(patch: Patch) -> None:
             assert ast.parse(textwrap.dedent("\n".join(hunk.lines))) is not None
 
 
-def test_inserted_code_is_calls_of_the_front_door(patch: Patch) -> None:
-    """Imports of evolved_mask, and calls of names that it has; no logic."""
+def test_inserted_code_is_calls_of_the_seam(patch: Patch) -> None:
+    """Imports of the seam, and calls of names that it has; no logic."""
     used = set()
     for line in filter(str.strip, inserted(patch)):
         (statement,) = ast.parse(line.strip()).body
         assert isinstance(statement, (ast.ImportFrom, ast.Expr, ast.Assign)), line
         if isinstance(statement, ast.ImportFrom):
-            assert line == "from common import evolved_mask"
+            assert line == "from patches import seam"
         else:
-            used |= set(re.findall(r"evolved_mask\.(\w+)", line))
-            assert "evolved_mask." in line
+            used |= set(re.findall(r"\bseam\.(\w+)", line))
+            assert "seam." in line
     assert used
-    assert used <= set(evolved_mask.PATCH_CALLS)
+    assert used <= set(seam.CALLS)
 
 
-def test_every_file_with_a_call_imports_the_front_door_first(patch: Patch) -> None:
+def test_every_file_with_a_call_imports_the_seam_first(patch: Patch) -> None:
     for path, hunks in patch.items():
-        assert hunks[0].lines[0] == "from common import evolved_mask", path
+        assert hunks[0].lines[0] == "from patches import seam", path
 
 
 def test_calls_exist_and_nothing_else_does() -> None:
-    for call in evolved_mask.PATCH_CALLS:
-        assert callable(getattr(evolved_mask, call))
+    for call in seam.CALLS:
+        assert callable(getattr(seam, call))
     with pytest.raises(AttributeError, match="no_such_call"):
-        _ = evolved_mask.no_such_call
+        _ = seam.no_such_call
 
 
 def test_every_call_is_inserted_somewhere() -> None:
-    """The front door promises no call that no patch needs."""
+    """The seam promises no call that no patch needs."""
     text = "".join((HERE / f"{name}.patch").read_text() for name in NAMES)
-    assert set(re.findall(r"evolved_mask\.(\w+)", text)) == set(evolved_mask.PATCH_CALLS)
+    assert set(re.findall(r"\bseam\.(\w+)", text)) == set(seam.CALLS)
 
 
 def test_pins_are_whole(name: str) -> None:
@@ -107,7 +107,7 @@ def test_small_model_of_simmim_is_that_of_the_paper() -> None:
 
 def test_flags_of_the_mask_are_all_there() -> None:
     parser = argparse.ArgumentParser(add_help=False)
-    evolved_mask.add_arguments(parser)
+    seam.add_arguments(parser)
     assert vars(parser.parse_args([])) == {}
     given = parser.parse_args(["--mask", "official", "--recipe", "authors", "--gamma", "3", "--no_shortcut", "--layers", "0,5"])
     assert vars(given) == {"mask": "official", "recipe": "authors", "gamma": 3.0, "shortcut": False, "layers": "0,5"}
@@ -138,7 +138,8 @@ def test_other_patches_are_refused(body: str, message: str) -> None:
 
 
 def test_the_front_door_stays_light() -> None:
-    """Importing the method imports no command line and no timm; the calls bring them on first use."""
-    code = "import sys; from common import evolved_mask; print([n for n in ('common.official', 'timm') if n in sys.modules])"
+    """Importing the method imports no command line, no training and no timm; patched scripts import the seam."""
+    absent = ("patches.seam", "common.training", "timm", "torchvision")
+    code = f"import sys; from common import evolved_mask; print([name for name in {absent} if name in sys.modules])"
     command = [sys.executable, "-W", "ignore", "-c", code]
     assert subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True).stdout.strip() == "[]"

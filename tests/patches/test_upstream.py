@@ -22,9 +22,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import official
 from common.masks import grid_classes
-from patches import apply
+from patches import apply, seam
 from patches.apply import HERE, read_patch, read_upstream
 from tests.conftest import assert_same, write_images
 
@@ -131,9 +130,9 @@ TINY_YAML = (
 )
 RANDOM_TOKENIZER = """
 import sys, torch
-from common import official
+from patches import seam
 sys.path.insert(0, ".")
-official.prepare("beit")
+seam.prepare("beit")
 from modeling_discrete_vae import DiscreteVAE
 torch.manual_seed(0)
 model = DiscreteVAE(image_size=112, num_layers=3, num_tokens=8192, codebook_dim=512, hidden_dim=256)
@@ -244,8 +243,8 @@ def test_resume_continues_exactly(clone: Clone, recipe: str) -> None:
     first, second = (load(clone, f"{label}-{recipe}") for label in ("whole", "rest"))
     assert_same(first["model"], second["model"])
     assert_same(first["optimizer"]["state"], second["optimizer"]["state"])
-    assert_same(first[official.STATE_KEY], second[official.STATE_KEY])
-    assert (first[official.STATE_KEY]["ema"] is not None) == (recipe == "authors")
+    assert_same(first[seam.STATE_KEY], second[seam.STATE_KEY])
+    assert (first[seam.STATE_KEY]["ema"] is not None) == (recipe == "authors")
 
 
 def test_resume_with_other_masks_is_refused(clone: Clone) -> None:

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common import official
-from common.evolved_mask import add_arguments, attach, check_arguments, load_state, masks_for, saved_state, set_epoch
 from common.masks import mae_ids
 from common.models.timm_layers import Block
 from mae_evolved.model import MaskedAutoencoder
+from patches import seam
+from patches.seam import add_arguments, attach, check_arguments, load_state, masks_for, saved_state, set_epoch
 
 ROOT = Path(__file__).parents[2]
 TINY = {"input_size": (32, 32), "patch_size": 4, "width": 24, "depth": 2, "heads": 2}
@@ -31,7 +31,7 @@ class LikeMAE(MaskedAutoencoder):
     """Our model behind the names of MAE's seam: embeddings in, kept tokens, float mask and ids_restore out."""
 
     def random_masking(self, tokens: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        return official.gather_visible(tokens, torch.rand(tokens.shape[:2]).argsort(dim=1) >= 16)
+        return seam.gather_visible(tokens, torch.rand(tokens.shape[:2]).argsort(dim=1) >= 16)
 
     def forward_encoder(self, images: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         tokens, mask, ids_restore = self.random_masking(self.embed(images), mask_ratio)
@@ -120,7 +120,7 @@ def attached(model: nn.Module, flags: str = "", upstream: str = "mae", **more: A
 @pytest.mark.parametrize("layers", ["all", "last", [0]])
 def test_attention_of_a_timm_encoder_is_that_of_our_trainer(mae: LikeMAE, images: Tensor, layers: Any, values: Any) -> None:
     ours = list(mae.attention_maps(images, layers, values))
-    found = list(official.attention_maps(mae, images, layers, values))
+    found = list(seam.attention_maps(mae, images, layers, values))
     assert len(found) == len(ours)
     for one, other in zip(found, ours, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -129,8 +129,8 @@ def test_attention_of_a_timm_encoder_is_that_of_our_trainer(mae: LikeMAE, images
 def test_shared_bias_is_in_the_attention_and_not_in_the_scores(images: Tensor) -> None:
     torch.manual_seed(0)
     encoder = LikeBEiT()
-    scores = list(official.attention_maps(encoder, images, "all", "scores"))
-    softmax = list(official.attention_maps(encoder, images, "all", "softmax"))
+    scores = list(seam.attention_maps(encoder, images, "all", "scores"))
+    softmax = list(seam.attention_maps(encoder, images, "all", "softmax"))
     assert len(scores) == len(softmax) == 2
     for score, attention in zip(scores, softmax, strict=True):
         torch.testing.assert_close((score + encoder.table).softmax(dim=-1), attention)
@@ -183,13 +183,13 @@ def test_gradients_survive_autocast_around_the_mask(mae: LikeMAE, images: Tensor
     """Autocast keeps the weights that it cast; those cast without gradient must not reach the training pass."""
     attached(mae, "--mask part")
     set_epoch(mae, 2)
-    plain, during = official.attention_maps, []
+    plain, during = seam.attention_maps, []
 
     def watched(*args: Any) -> Any:
         during.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(), torch.is_grad_enabled()))
         return plain(*args)
 
-    monkeypatch.setattr(official, "attention_maps", watched)
+    monkeypatch.setattr(seam, "attention_maps", watched)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latent, _, _ = mae.forward_encoder(images, 0.75)
         loss = latent.float().square().sum()
@@ -218,7 +218,7 @@ def test_epochs_and_ranks_draw_apart(mae: LikeMAE, images: Tensor, monkeypatch: 
     attached(mae, "--mask random")
     masks = []
     for rank, epoch in ((0, 0), (0, 1), (1, 0)):
-        monkeypatch.setattr(official, "_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(seam, "_rank", lambda rank=rank: rank)
         set_epoch(mae, epoch)
         masks.append(mae.forward_encoder(images, 0.75)[1])
     assert not any(torch.equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
@@ -238,7 +238,7 @@ def test_state_goes_through_a_checkpoint(mae: LikeMAE, images: Tensor, tmp_path:
     set_epoch(mae, 2)
     set_epoch(again, 2)
     assert torch.equal(mae.forward_encoder(images, 0.75)[1], again.forward_encoder(images, 0.75)[1])
-    average = official.RUNS[again].ema
+    average = seam.RUNS[again].ema
     assert average is not None
     assert not torch.equal(average.model.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
     assert mae.state_dict().keys() == LikeMAE(**TINY, **DECODER).state_dict().keys()
@@ -246,7 +246,7 @@ def test_state_goes_through_a_checkpoint(mae: LikeMAE, images: Tensor, tmp_path:
 
 def test_average_moves_with_the_optimiser_only(mae: LikeMAE) -> None:
     optimizer = attached(mae, "--attention_from ema --ema_decay 0.5")
-    average = official.RUNS[mae].ema
+    average = seam.RUNS[mae].ema
     assert average is not None
     start = mae.cls_token.detach().clone()
     assert torch.equal(average.model.cls_token, start)
@@ -260,7 +260,7 @@ def test_a_checkpoint_without_masks_starts_the_average_from_its_weights(mae: Lik
     with torch.no_grad():
         mae.cls_token.add_(1)  # as loading weights does
     load_state(mae, {"model": mae.state_dict()})
-    average = official.RUNS[mae].ema
+    average = seam.RUNS[mae].ema
     assert average is not None
     assert torch.equal(average.model.cls_token, mae.cls_token)
 
@@ -314,22 +314,22 @@ def test_simmim_keeps_the_choices_in_its_configuration() -> None:
 
     config = Node(TRAIN=Node(EPOCHS=7), SEED=5, DATA=Node(MASK_RATIO=0.6), AMP_OPT_LEVEL="O1")
     check_arguments(arguments("--mask official"), config)
-    assert official.READERS["simmim"](config).options == {"mask": "official"}
+    assert seam.READERS["simmim"](config).options == {"mask": "official"}
     check_arguments(arguments("--gamma 3"), config)
-    wanted = official.READERS["simmim"](config)
+    wanted = seam.READERS["simmim"](config)
     assert wanted.options == {"gamma": 3.0}
     assert (wanted.total_epochs, wanted.seed, wanted.count(196), wanted.autocast) == (7, 5, 117, torch.bfloat16)
     config["AMP_OPT_LEVEL"] = "O0"
-    assert official.READERS["simmim"](config).autocast is None
+    assert seam.READERS["simmim"](config).autocast is None
 
 
 def test_small_models_get_their_official_names(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[dict[str, Any]] = []
     theirs = types.ModuleType("models_of_theirs")
     theirs.MaskedAutoencoderViT = lambda **sizes: built.append(sizes)
-    official.add_small_model(theirs)
+    seam.add_small_model(theirs)
     first = theirs.mae_vit_small_patch16
-    official.add_small_model(theirs)
+    seam.add_small_model(theirs)
     assert theirs.mae_vit_small_patch16 is first
     first(norm_pix_loss=True)
     assert (built[0]["embed_dim"], built[0]["depth"], built[0]["num_heads"], built[0]["norm_pix_loss"]) == (384, 12, 6, True)
@@ -337,8 +337,8 @@ def test_small_models_get_their_official_names(monkeypatch: pytest.MonkeyPatch) 
     other = types.ModuleType("more_models_of_theirs")
     other.VisionTransformerForMaskedImageModeling = lambda **sizes: built.append(sizes)
     monkeypatch.setitem(sys.modules, other.__name__, other)
-    official.add_small_model(other)
-    official.add_small_model(other)
+    seam.add_small_model(other)
+    seam.add_small_model(other)
     from timm.models import create_model
 
     create_model("beit_small_patch16_224_8k_vocab", init_values=0.1)
@@ -351,7 +351,7 @@ SHIMS_TWICE = """
 import argparse, sys, warnings
 warnings.simplefilter("ignore")
 sys.argv += {argv!r}
-from common import official
+from patches import seam
 import numpy, timm, torch
 def watched():
     import torch.distributed, torch.nn as nn
@@ -361,9 +361,9 @@ def watched():
         nn.Module.cuda, nn.parallel.DistributedDataParallel.__init__, torch.distributed.init_process_group,
         Block.__init__, timm.__version__, sys.modules.get("torch._six"), sys.modules.get("apex"),
         vars(numpy).get("float"), vars(numpy).get("int"))] + sys.argv
-official.prepare({upstream!r})
+seam.prepare({upstream!r})
 first = watched()
-official.prepare({upstream!r})
+seam.prepare({upstream!r})
 assert watched() == first
 """
 
@@ -443,7 +443,7 @@ print(torch.load(sys.argv[1], map_location="cpu")["model"]["w"].item())
 
 
 def test_with_a_gpu_the_cpu_shims_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from common import official_shims as shims
+    from patches import shims
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.cuda.synchronize, torch.Tensor.cuda, torch.distributed.init_process_group, torch.amp.GradScaler.state_dict

@@ -3,7 +3,7 @@
 Patches (patches/README.md) insert single calls; all they do is here. In the order in which a patched script makes
 them:
 
-    prepare(upstream)                            before anything is imported that no longer imports: official_shims.py
+    prepare(upstream)                            before anything is imported that no longer imports: shims.py
     add_small_model(module)                      ViT-S of the paper's Table 4 under an official name
     add_arguments(parser)                        --mask and the other flags of the method
     check_arguments(args)                        bad values die before data, model or GPU are touched
@@ -43,9 +43,15 @@ from common.draws import Stream, hash_seed
 from common.evolved_mask import EvolvedMask
 from common.mask_config import MaskConfig
 from common.masks import count_masked, mae_ids
-from common.official_shims import SHIMS
 from common.training.config import add_mask_flags
 from common.training.optim import EncoderEMA
+from patches.shims import SHIMS
+
+CALLS = (
+    "prepare", "add_small_model", "add_arguments", "check_arguments", "attach", "load_state", "set_epoch", "masks_for",
+    "saved_state",
+)  # fmt: skip
+"""Names that patched scripts use as `seam.NAME`."""
 
 OFFICIAL = "official"
 """Word of --mask that leaves the official code its own masks."""
