@@ -16,7 +16,8 @@ from common.parts import DEFAULT_FLOOR
 Strategy = Literal["evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official", "official"]
 
 
-def _option(default: Any, help: str, **more: Any) -> Any:
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field with a help text. `group` puts it under a heading of --help (common/flags.py)."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -28,64 +29,64 @@ class MaskConfig:
         ValueError: a value outside its range, naming the option.
     """
 
-    mask: Strategy = _option(
+    mask: Strategy = option(
         "evolved",
         "masking strategy: evolved (the paper's), part (alpha = 1), grid (alpha = 0), random, block (BEiT's rule with "
         "the exact count), grid-to-block (the appendix's baseline), random-units (SimMIM's: squares of mask_unit patches), "
         "block-official (BEiT's own, which may mask fewer), official (the method's own: MAE random, BEiT block-official, "
         "SimMIM random-units)",
     )
-    mask_unit: int = _option(2, "patches across a square of random-units (SimMIM: 32 px, 2 patches of 16 px)")
-    gamma: float = _option(2.0, "exponent of alpha = (t/T)^gamma (Eq. 4, Table 2)")
-    alpha: float | None = _option(None, "fix alpha in 0..1 instead of letting it grow (Table 2)")
-    alpha_offset: int = _option(0, "added to the epoch in Eq. 4 (released code: 1)")
-    schedule_epochs: int | None = _option(None, "T of the alpha and K schedules; default: all epochs (released code: 300)")
-    num_parts: int | None = _option(None, "fix the number of parts K (Table 3); sets both ends of the schedule")
-    parts_start: int = _option(40, "number of parts K at the first epoch")
-    parts_end: int = _option(10, "number of parts K at the last epoch")
-    parts_rounding: Literal["nearest", "down"] = _option("nearest", "rounding of the scheduled K (released code: down)")
-    parts_jitter: int = _option(0, "add 0..J to K, drawn for each batch (released code: 2)")
-    layers: str = _option("all", "blocks whose attention makes the graph: all, last, or indices such as 0,5,11")
-    heads: Literal["mean", "concat"] = _option("mean", "average the heads, or keep them side by side")
-    reduction: Literal["mean", "sum"] = _option("mean", "mean over blocks and heads, or their sum (released code)")
-    attention_values: Literal["softmax", "scores"] = _option(
+    mask_unit: int = option(2, "patches across a square of random-units (SimMIM: 32 px, 2 patches of 16 px)")
+    gamma: float = option(2.0, "exponent of alpha = (t/T)^gamma (Eq. 4, Table 2)")
+    alpha: float | None = option(None, "fix alpha in 0..1 instead of letting it grow (Table 2)")
+    alpha_offset: int = option(0, "added to the epoch in Eq. 4 (released code: 1)")
+    schedule_epochs: int | None = option(None, "T of the alpha and K schedules; default: all epochs (released code: 300)")
+    num_parts: int | None = option(None, "fix the number of parts K (Table 3); sets both ends of the schedule")
+    parts_start: int = option(40, "number of parts K at the first epoch")
+    parts_end: int = option(10, "number of parts K at the last epoch")
+    parts_rounding: Literal["nearest", "down"] = option("nearest", "rounding of the scheduled K (released code: down)")
+    parts_jitter: int = option(0, "add 0..J to K, drawn for each batch (released code: 2)")
+    layers: str = option("all", "blocks whose attention makes the graph: all, last, or indices such as 0,5,11")
+    heads: Literal["mean", "concat"] = option("mean", "average the heads, or keep them side by side")
+    reduction: Literal["mean", "sum"] = option("mean", "mean over blocks and heads, or their sum (released code)")
+    attention_values: Literal["softmax", "scores"] = option(
         "softmax", "attention after the softmax, or the scores before it with negative ones cut to 0"
     )
-    direction: Literal["row", "column", "symmetric"] = _option(
+    direction: Literal["row", "column", "symmetric"] = option(
         "row", "describe a patch by what it attends to (Eq. 7), by who attends to it (released code), or both"
     )
-    estimator: Literal["gaussian", "vmf"] = _option("gaussian", "mixture of the EM cut: Gaussian (Eq. 10-16) or spherical EM")
-    covariance: Literal["diagonal", "spherical", "full"] = _option("diagonal", "covariance of the Gaussian parts")
-    covariance_floor: float = _option(DEFAULT_FLOOR, "smallest variance of a part, as a share of the image's mean variance")
-    kappa: float = _option(40.0, "concentration of the vmf estimator")
-    iterations: int = _option(15, "EM iterations")
-    start: Literal["kmeans++", "random"] = _option("kmeans++", "start of the EM: k-means++ seeds, or random (released code)")
-    start_draw: Literal["image", "batch"] = _option("image", "one random start an image, or one a batch (released code)")
-    scaling: Literal["image", "none"] = _option(
+    estimator: Literal["gaussian", "vmf"] = option("gaussian", "mixture of the EM cut: Gaussian (Eq. 10-16) or spherical EM")
+    covariance: Literal["diagonal", "spherical", "full"] = option("diagonal", "covariance of the Gaussian parts")
+    covariance_floor: float = option(DEFAULT_FLOOR, "smallest variance of a part, as a share of the image's mean variance")
+    kappa: float = option(40.0, "concentration of the vmf estimator")
+    iterations: int = option(15, "EM iterations")
+    start: Literal["kmeans++", "random"] = option("kmeans++", "start of the EM: k-means++ seeds, or random (released code)")
+    start_draw: Literal["image", "batch"] = option("image", "one random start an image, or one a batch (released code)")
+    scaling: Literal["image", "none"] = option(
         "image", "scale the graph rows of each image before the EM, or not (released code)"
     )
-    hard_label: Literal["posterior", "per-patch"] = _option(
+    hard_label: Literal["posterior", "per-patch"] = option(
         "posterior",
         "part of a patch: argmax of the posterior (Eq. 16), or of responsibilities normalised over patches (released code)",
     )
-    reseed_empty: bool = _option(True, "move a part that lost all its patches to the patch explained worst")
-    grid_draw: Literal["image", "batch"] = _option(
+    reseed_empty: bool = option(True, "move a part that lost all its patches to the patch explained worst")
+    grid_draw: Literal["image", "batch"] = option(
         "image", "one draw of the 2x2 grid an image, or one a batch and rank (released code)"
     )
-    ties: Literal["random", "raster"] = _option(
+    ties: Literal["random", "raster"] = option(
         "random", "order among equal probabilities: at random, or raster order (released code)"
     )
-    masked_end: Literal["highest", "lowest"] = _option(
+    masked_end: Literal["highest", "lowest"] = option(
         "highest", "mask the patches of highest probability, or of lowest (the appendix's pseudocode)"
     )
-    attention_from: Literal["live", "ema"] = _option(
+    attention_from: Literal["live", "ema"] = option(
         "live", "whose attention: the model being trained, or its moving average (released code)"
     )
-    ema_decay: float = _option(0.99996, "decay of that moving average, per optimiser step")
-    attention_mode: Literal["eval", "train"] = _option(
+    ema_decay: float = option(0.99996, "decay of that moving average, per optimiser step")
+    attention_mode: Literal["eval", "train"] = option(
         "eval", "attention pass with dropout and drop-path off, or on (released code)"
     )
-    shortcut: bool = _option(True, "skip the attention pass of images whose mask the grid alone decides; masks are the same")
+    shortcut: bool = option(True, "skip the attention pass of images whose mask the grid alone decides; masks are the same")
 
     def __post_init__(self) -> None:
         for name, words in WORDS.items():

@@ -29,7 +29,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -41,10 +41,10 @@ from torch.nn import functional
 from common.attention import Layers, Values, attention_mode, choose_layers, stream_attention
 from common.draws import Stream, hash_seed
 from common.evolved_mask import EvolvedMask
+from common.flags import add_mask_flags, mask_config_from, mask_options
 from common.mask_config import MaskConfig
 from common.masks import count_masked, mae_ids
-from common.training.config import add_mask_flags
-from common.training.optim import EncoderEMA
+from common.moving_average import EncoderEMA
 from patches.shims import SHIMS
 
 CALLS = (
@@ -111,7 +111,7 @@ def check_arguments(args: argparse.Namespace, config: Any = None) -> None:
     mask_config(vars(args))
     if config is not None and not _wants_official(vars(args)):
         config.defrost()
-        config.EVOLVED_MASK = type(config)(_mask_options(vars(args)))
+        config.EVOLVED_MASK = type(config)(mask_options(vars(args)))
         config.freeze()
 
 
@@ -327,23 +327,17 @@ def _read_simmim(config: Any) -> Wanted:
 READERS: dict[str, Callable[[Any], Wanted]] = {"mae": _read_mae, "beit": _read_beit, "simmim": _read_simmim}
 
 
-def _mask_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The mask's own entries among a script's arguments."""
-    names = {"recipe", *(one.name for one in fields(MaskConfig))}
-    return {name: value for name, value in options.items() if name in names}
-
-
 def _wants_official(options: dict[str, Any]) -> bool:
     return options.get("mask") == OFFICIAL
 
 
 def mask_config(options: dict[str, Any]) -> MaskConfig:
     """The mask's configuration from a script's arguments; stops on an unusable one with one line."""
-    chosen = _mask_options(options)
+    chosen = mask_options(options)
     if _wants_official(chosen):
         del chosen["mask"]
     try:
-        return MaskConfig.from_recipe(chosen.pop("recipe", "paper"), **chosen)
+        return mask_config_from(chosen)
     except ValueError as error:
         _refuse(f"--{error}")
 

@@ -10,21 +10,16 @@ from __future__ import annotations
 import argparse
 import math
 import tomllib
-import types
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from common.mask_config import RECIPES, MaskConfig, Strategy
+from common.flags import WideHelp, add_flag, add_mask_flags, mask_config_from, mask_options, scalar_type
+from common.flags import option as option  # commands import it from here
+from common.mask_config import MaskConfig, Strategy
 from common.models.names import patch_size_of
 from common.training.errors import BadInput, Parser
-
-
-def option(default: Any, help: str, **more: Any) -> Any:
-    """A dataclass field with a help text. `group` puts it under a heading of --help."""
-    return field(default=default, metadata={"help": help, **more})
-
 
 Interpolation = Literal["bicubic", "bilinear"]
 LrSchedule = Literal["cosine", "multistep", "poly"]
@@ -248,29 +243,22 @@ def parse_arguments(config_class: type[Config], program: str, description: str, 
     parser = _parser(config_class, program, description)
     add_mask_flags(parser)
     given = vars(parser.parse_args(argv))
-    recipe, file = given.pop("recipe", None), given.pop("config", None)
+    file = given.pop("config", None)
     hints = {**get_type_hints(config_class), **get_type_hints(MaskConfig), "recipe": str}
     values = {**(_read_toml(file, hints) if file else {}), **given}
-    recipe = recipe or values.pop("recipe", "paper")
-    values.pop("recipe", None)
-    mask_names = {one.name for one in fields(MaskConfig)}
-    mask_values = {key: value for key, value in values.items() if key in mask_names}
     try:
-        mask = MaskConfig.from_recipe(recipe, **mask_values).with_official(config_class.official_mask)
+        mask = mask_config_from(values).with_official(config_class.official_mask)
     except ValueError as error:
         raise BadInput(f"--{error}") from None
-    return config_class(**{key: value for key, value in values.items() if key not in mask_names}), mask
-
-
-class _Help(argparse.HelpFormatter):
-    """Wide enough that one flag is one or two lines."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36, width=120)
+    for name in mask_options(values):
+        del values[name]
+    return config_class(**values), mask
 
 
 def _parser(config_class: type[RunConfig], program: str, description: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=program, description=description, allow_abbrev=False, formatter_class=_Help, usage=f"{program} [flags]")
+    parser = Parser(
+        prog=program, description=description, allow_abbrev=False, formatter_class=WideHelp, usage=f"{program} [flags]"
+    )
     parser.add_argument(
         "--config", default=argparse.SUPPRESS, metavar="FILE", help="TOML file of flags, such as those in recipes/"
     )
@@ -278,59 +266,8 @@ def _parser(config_class: type[RunConfig], program: str, description: str) -> ar
     for one in fields(config_class):
         heading = one.metadata.get("group", "model")
         groups.setdefault(heading, parser.add_argument_group(heading) if heading not in groups else None)
-        _add_flag(groups[heading], one, get_type_hints(config_class)[one.name])
+        add_flag(groups[heading], one, get_type_hints(config_class)[one.name])
     return parser
-
-
-def add_mask_flags(parser: argparse.ArgumentParser) -> None:
-    """--recipe and one flag for each field of MaskConfig; only what is given ends up in the namespace."""
-    group = parser.add_argument_group("mask", "the method's choices; docs/method.md explains each")
-    group.add_argument(
-        "--recipe",
-        choices=sorted(RECIPES),
-        default=argparse.SUPPRESS,
-        help="paper (the default), or authors: all mask options as in the authors' released code",
-    )
-    for one in fields(MaskConfig):
-        _add_flag(group, one, get_type_hints(MaskConfig)[one.name])
-
-
-def _add_flag(group: Any, one: Field[Any], hint: Any) -> None:
-    help = one.metadata["help"] + ("" if one.default in (None, "", MISSING) else f" [{_shown(one.default)}]")
-    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
-    if hint is bool:
-        group.add_argument(f"--{one.name}", f"--no_{one.name}", action=_Switch, nargs=0, **common)
-    elif get_origin(hint) is Literal:
-        group.add_argument(f"--{one.name}", choices=get_args(hint), **common)
-    elif get_origin(hint) is tuple:
-        group.add_argument(f"--{one.name}", type=float, nargs=2, metavar=("LOW", "HIGH"), action=_Pair, **common)
-    else:
-        group.add_argument(f"--{one.name}", type=_scalar(hint), metavar=_scalar(hint).__name__.upper(), **common)
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-
-
-class _Switch(argparse.Action):
-    """--name sets True, --no_name False, in the style of the official --pin_mem and --no_pin_mem."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, option_string == f"--{self.dest}")
-
-
-class _Pair(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, tuple(values))
-
-
-def _scalar(hint: Any) -> Any:
-    """int, float or str of an annotation such as `float | None`."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(one for one in get_args(hint) if one is not type(None))
-    return hint
 
 
 def _read_toml(file: str, hints: dict[str, Any]) -> dict[str, Any]:
@@ -350,7 +287,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if not (isinstance(value, list) and len(value) == 2 and all(type(one) in (int, float) for one in value)):
             raise BadInput(f"{where} must be two numbers, got {value!r}")
         return tuple(map(float, value))
-    wanted = str if get_origin(hint) is Literal else _scalar(hint)
+    wanted = str if get_origin(hint) is Literal else scalar_type(hint)
     if wanted is float and type(value) is int:
         return float(value)
     if wanted is str and type(value) is int:
