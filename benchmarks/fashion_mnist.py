@@ -53,7 +53,7 @@ FINETUNE = "--batch_size 32 --lr 1e-3 --drop_path 0 --mixup 0 --cutmix 0 --rando
 FINETUNE_EXTRA = ["--auto_augment", ""]
 COLUMNS = ("k-NN", "linear", "fine-tuned")
 
-Row = dict[str, float]
+Percentages = dict[str, float]
 Main = Callable[[Sequence[str]], None]
 
 
@@ -69,7 +69,7 @@ def run(main: Main, flags: str, output: Path, extra: Sequence[str] = ()) -> None
         main([*f"{flags} --output_dir {output}".split(), *extra])
 
 
-def metrics(output: Path) -> Row:
+def metrics(output: Path) -> Percentages:
     """Scores of a finished run."""
     return json.loads((output / "result.json").read_text())["metrics"]
 
@@ -83,13 +83,13 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 def draw_data(source: Path, folder: Path, seed: int, train: int, val: int) -> None:
     """`train` training images drawn by the seed, and the first `val` test images."""
     folder.mkdir(parents=True)
-    chosen = np.sort(np.random.default_rng(seed).permutation(60000)[:train])
-    for part, indices in (("train", chosen), ("t10k", np.arange(val))):
+    train_indices = np.sort(np.random.default_rng(seed).permutation(60000)[:train])
+    for part, indices in (("train", train_indices), ("t10k", np.arange(val))):
         for kind in ("images-idx3", "labels-idx1"):
             write_idx(folder / f"{part}-{kind}-ubyte.gz", read_idx(source / f"{part}-{kind}-ubyte.gz")[indices])
 
 
-def raw_pixels(folder: Path, labels: int, seed: int) -> Row:
+def raw_pixels(folder: Path, labels: int, seed: int) -> Percentages:
     """Top-1 in percent of k-NN (votes as the probe's) and of logistic regression, on pixels 0..1."""
     parts = {
         part: (
@@ -99,10 +99,12 @@ def raw_pixels(folder: Path, labels: int, seed: int) -> Row:
         for part in ("train", "t10k")
     }
     (images, targets), val = parts["train"], parts["t10k"]
-    near = KNeighborsClassifier(NEIGHBOURS, metric="cosine", weights=vote).fit(images, targets)
-    few = np.random.default_rng(seed).permutation(len(images))[:labels]
-    linear, small = (LogisticRegression(max_iter=300, C=0.05).fit(images[index], targets[index]) for index in (slice(None), few))
-    scores = (100 * model.score(*val) for model in (near, linear, small))
+    knn = KNeighborsClassifier(NEIGHBOURS, metric="cosine", weights=vote).fit(images, targets)
+    labelled = np.random.default_rng(seed).permutation(len(images))[:labels]
+    linear, small = (
+        LogisticRegression(max_iter=300, C=0.05).fit(images[index], targets[index]) for index in (slice(None), labelled)
+    )
+    scores = (100 * model.score(*val) for model in (knn, linear, small))
     return dict(zip((*COLUMNS[:2], "linear, few labels"), scores, strict=True))
 
 
@@ -111,7 +113,7 @@ def vote(distances: np.ndarray) -> np.ndarray:
     return np.exp(-distances / linear_probe.KNN_TEMPERATURE)
 
 
-def evaluate_weights(common: str, weights: str, output: Path, layer_decay: float, flags: argparse.Namespace) -> Row:
+def evaluate_weights(common: str, weights: str, output: Path, layer_decay: float, flags: argparse.Namespace) -> Percentages:
     """Scores of all three kinds, from one checkpoint or from random weights."""
     run(linear_probe.main, f"{common} {TASKS} {PROBE} {weights}", output / "probe")
     tune = f"{FINETUNE} --epochs {flags.finetune_epochs} --eval_freq 1000 --subset {flags.labels} --layer_decay {layer_decay}"
@@ -121,7 +123,7 @@ def evaluate_weights(common: str, weights: str, output: Path, layer_decay: float
     return {"k-NN": probe[f"knn{NEIGHBOURS}"], "linear": probe["top1"], "fine-tuned": tuned["top1"], **layers}
 
 
-def run_seed(flags: argparse.Namespace, seed: int, work: Path) -> dict[str, Row]:
+def run_seed(flags: argparse.Namespace, seed: int, work: Path) -> dict[str, Percentages]:
     """All rows of the table for one seed."""
     torch.set_num_threads(1)
     make_shallow()
@@ -147,7 +149,7 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def table(results: list[dict[str, Row]], flags: argparse.Namespace) -> str:
+def table(results: list[dict[str, Percentages]], flags: argparse.Namespace) -> str:
     """Markdown: mean and standard deviation over seeds, top-1 in percent."""
     lines = [
         f"Top-1 in percent on {flags.val_images} test images, mean ± standard deviation over {len(results)} seeds.\n",
@@ -156,14 +158,14 @@ def table(results: list[dict[str, Row]], flags: argparse.Namespace) -> str:
         "|---|---|---|---|",
     ]
     for name in ("MAE, evolved masks", "random weights", "raw pixels"):
-        cells = [cell([one[name][column] for one in results]) if column in results[0][name] else "-" for column in COLUMNS]
+        cells = [cell([rows[name][column] for rows in results]) if column in results[0][name] else "-" for column in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    few = cell([one["raw pixels"]["linear, few labels"] for one in results])
-    lines.append(f"\nLogistic regression of raw pixels with {flags.labels} labels: {few}.\n")
+    few_labels = cell([rows["raw pixels"]["linear, few labels"] for rows in results])
+    lines.append(f"\nLogistic regression of raw pixels with {flags.labels} labels: {few_labels}.\n")
     lines += ["| block | MAE: linear | k-NN | random: linear | k-NN |", "|---|---|---|---|---|"]
     for layer in range(DEPTH):
         cells = [
-            cell([one[name][f"{kind}_layer{layer}"] for one in results])
+            cell([rows[name][f"{kind}_layer{layer}"] for rows in results])
             for name in ("MAE, evolved masks", "random weights")
             for kind in ("top1", f"knn{NEIGHBOURS}")
         ]
@@ -198,10 +200,10 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(flags.output_dir or temporary)
         with ProcessPoolExecutor(flags.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(run_seed, flags, seed, work) for seed in flags.seeds]
-            results = [one.result() for one in waiting]
+            futures = [pool.submit(run_seed, flags, seed, work) for seed in flags.seeds]
+            results = [future.result() for future in futures]
     print(table(results, flags))
-    shares = cell([one["seconds"]["pre-training"] for one in results])
+    shares = cell([rows["seconds"]["pre-training"] for rows in results])
     print(f"\n{time.perf_counter() - start:.0f} s, {flags.jobs} at once; pre-training {shares} s a seed.")
 
 

@@ -48,14 +48,14 @@ def run(main: Main, flags: str, output: Path) -> list[float]:
 
 def make_shallow() -> dict[str, tuple[str, Main]]:
     """Method -> its tiny model, cut to a few blocks, and its trainer."""
-    chosen = {
+    trainers = {
         "MAE": ("mae_vit_tiny_patch8", mae_evolved.model.MODELS, main_pretrain.main),
         "BEiT": ("beit_tiny_patch8_8k_vocab", beit_evolved.model.MODELS, run_beit_pretraining.main),
         "SimMIM": ("simmim_vit_tiny_patch8", simmim_evolved.model.MODELS, main_simmim.main),
     }
-    for name, models, _ in chosen.values():
+    for name, models, _ in trainers.values():
         models[name] = partial(models[name], depth=DEPTH)  # type: ignore[index, arg-type]
-    return {method: (name, main) for method, (name, _, main) in chosen.items()}
+    return {method: (name, main) for method, (name, _, main) in trainers.items()}
 
 
 def main() -> None:
@@ -68,9 +68,9 @@ def main() -> None:
         print("| method | mask | loss of the first epoch | of the last | change |")
         print("|---|---|---|---|---|")
         for method, (model, trainer) in methods.items():
-            needed = f"--tokenizer {work / 'tokenizer'}" if method == "BEiT" else ""
+            tokenizer = f"--tokenizer {work / 'tokenizer'}" if method == "BEiT" else ""
             for mask in MASKS:
-                losses = run(trainer, f"--model {model} --mask {mask} {needed} {COMMON}", work / f"{method}-{mask}")
+                losses = run(trainer, f"--model {model} --mask {mask} {tokenizer} {COMMON}", work / f"{method}-{mask}")
                 change = losses[-1] / losses[0] - 1
                 print(f"| {method} | {mask} | {losses[0]:.4f} | {losses[-1]:.4f} | {change:+.0%} |", flush=True)
     print(f"\n{len(methods) * len(MASKS)} runs in {time.perf_counter() - start:.0f} s; command: python -m benchmarks.short_runs")

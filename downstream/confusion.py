@@ -62,14 +62,14 @@ def scores_of(confusion: Tensor) -> SegmentationScores:
     only, or in prediction only, has an IoU of 0 that does enter.
     """
     counts = confusion.cpu().double().numpy()
-    right, true, said = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
-    iou, accuracy = _share(right, true + said - right), _share(right, true)
-    return SegmentationScores(_mean(iou), _mean(accuracy), float(_share(right.sum(), true.sum())), iou, accuracy)
+    correct, in_truth, in_prediction = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    iou, accuracy = _share(correct, in_truth + in_prediction - correct), _share(correct, in_truth)
+    return SegmentationScores(_mean(iou), _mean(accuracy), float(_share(correct.sum(), in_truth.sum())), iou, accuracy)
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _share(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """part / whole, nan where whole is 0."""
-    return np.divide(part, whole, out=np.full_like(np.asarray(whole), np.nan), where=whole > 0)
+    return np.divide(numerator, denominator, out=np.full_like(np.asarray(denominator), np.nan), where=denominator > 0)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -27,8 +27,8 @@ from downstream.detection.coco import (
     MASK_THRESHOLD,
     CocoScores,
     CocoSource,
+    Detections,
     Fit,
-    Found,
     Jitter,
     ObjectBatch,
     collate_objects,
@@ -167,7 +167,7 @@ class Evaluation:
     def __call__(self, model: nn.Module) -> Scores:
         config = self.config
         transform = Fit(config.image_size, config.interpolation)
-        mine: list[Found] = []
+        mine: list[Detections] = []
         for batch in evaluation_batches(self.source, transform, config, self.processes, collate_objects):
             assert isinstance(batch, ObjectBatch)
             for target, one in zip(batch.targets, model(batch.images), strict=True):
@@ -177,7 +177,7 @@ class Evaluation:
         pictures = self.pictures(everywhere) if self.processes.is_main else {}
         return Scores(self.processes.gather(numbers)[0], pictures)
 
-    def found(self, place: int, one: dict[str, Tensor]) -> Found:
+    def found(self, place: int, one: dict[str, Tensor]) -> Detections:
         """Objects of an image as the model sees it -> of the image as it is in its file."""
         record = self.source.records[place]
         size = (record["height"], record["width"])
@@ -190,15 +190,15 @@ class Evaluation:
         scale = boxes.new_tensor([across, down, across, down])
         packed = pack(paste(masks, one["boxes"][kept], (down, across), size) >= MASK_THRESHOLD, self.source.tools)
         labels, scores = (one[key][kept].cpu().numpy() for key in ("labels", "scores"))
-        return Found(place, (boxes / scale).cpu().numpy(), labels, scores, packed)
+        return Detections(place, (boxes / scale).cpu().numpy(), labels, scores, packed)
 
-    def pictures(self, everything: list[Found]) -> dict[str, np.ndarray]:
+    def pictures(self, everything: list[Detections]) -> dict[str, np.ndarray]:
         """The first images: truth on the left, what was found with a score above one half on the right."""
         shown = sorted((one for one in everything if one.place < self.config.pictures), key=lambda one: one.place)
         rows = [np.concatenate(self.drawn(one), axis=1) for one in shown]
         return {"detections": np.concatenate(rows)} if rows else {}
 
-    def drawn(self, one: Found) -> tuple[np.ndarray, np.ndarray]:
+    def drawn(self, one: Detections) -> tuple[np.ndarray, np.ndarray]:
         """Truth and outcome of an image."""
         record, tools = self.source.records[one.place], self.source.tools
         image, size = self.source.load(one.place).image, (record["height"], record["width"])

@@ -24,7 +24,7 @@ from common.training.data import Batch, denormalise
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
 from downstream.classification.labelled import (
-    Labelled,
+    LabelledImages,
     augmentation,
     draw_subset,
     is_rand_augment,
@@ -137,7 +137,7 @@ class MixedLoss:
 class Evaluation:
     """Accuracy over a validation set, each image counted once over all ranks."""
 
-    def __init__(self, config: FinetuneConfig, val: Labelled, processes: Processes) -> None:
+    def __init__(self, config: FinetuneConfig, val: LabelledImages, processes: Processes) -> None:
         self.config, self.val, self.processes = config, val, processes
         self.transform = middle(config)
         # Drawn: images spread over the set, whose order is by class, that this rank sees.

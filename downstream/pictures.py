@@ -36,8 +36,8 @@ def draw_predictions(images: Tensor, labels: Tensor, probabilities: Tensor, clas
         axes = figure.add_subplot(rows, columns, place)
         axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         guess = int(share.argmax())
-        said = f"{classes[guess]} {float(share[guess]):.0%}"
-        title = said if guess == label else f"{said}\nis {classes[label]}"
+        answer = f"{classes[guess]} {float(share[guess]):.0%}"
+        title = answer if guess == label else f"{answer}\nis {classes[label]}"
         axes.set_title(title, fontsize=9, color="black" if guess == label else "firebrick")
         axes.axis("off")
     return {"predictions": _pixels(figure)}
@@ -58,8 +58,8 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> dict[str, np.ndarr
     side = min(max(3.5, 0.42 * len(classes) + 2), 14)
     figure = _figure(side + 0.8, side)
     axes = figure.add_subplot()
-    shown = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis")
-    figure.colorbar(shown, ax=axes, fraction=0.046, label="share of the true class")
+    heatmap = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(heatmap, ax=axes, fraction=0.046, label="share of the true class")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(classes) <= _NAMED:
@@ -118,9 +118,9 @@ def draw_curves(lines: Sequence[dict[str, Any]], metric: str) -> dict[str, np.nd
     axes.set_ylabel("training loss", color="tab:blue")
     axes.grid(alpha=0.3)
     judged = [line for line in lines if metric in line]
-    other = axes.twinx()
-    other.plot([line["epoch"] + 1 for line in judged], [line[metric] for line in judged], color="tab:orange", marker="o")
-    other.set_ylabel(metric, color="tab:orange")
+    metric_axes = axes.twinx()
+    metric_axes.plot([line["epoch"] + 1 for line in judged], [line[metric] for line in judged], color="tab:orange", marker="o")
+    metric_axes.set_ylabel(metric, color="tab:orange")
     return {"curves": _pixels(figure)}
 
 

@@ -73,10 +73,10 @@ def segmentation_macs(size: str) -> float:
 
 def detection_macs(size: str, side: int = 64, window: int = 14) -> float:
     """Forward and backward: one image of 1024 px, attention over the whole grid in 4 of 12 blocks, in filled-up windows else."""
-    width, tokens, whole = WIDTH[size], side**2, 4
+    width, tokens, global_blocks = WIDTH[size], side**2, 4
     windows = math.ceil(side / window) ** 2
-    linear = width**2 * (DEPTH * 8 * tokens + 4 * (whole * tokens + (DEPTH - whole) * windows * window**2))
-    attention = 2 * width * (whole * tokens**2 + (DEPTH - whole) * windows * window**4)
+    linear = width**2 * (DEPTH * 8 * tokens + 4 * (global_blocks * tokens + (DEPTH - global_blocks) * windows * window**2))
+    attention = 2 * width * (global_blocks * tokens**2 + (DEPTH - global_blocks) * windows * window**4)
     return 3 * (linear + attention + tokens * PATCH_PIXELS * width + MASK_RCNN_HEADS_GMACS * 1e9)
 
 
@@ -88,7 +88,7 @@ DEFAULT_TFLOPS = round(PUBLISHED_UTILISATION * A100_PEAK)
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """What a run costs.
 
     Attributes:

@@ -12,7 +12,7 @@ Stage = Literal["finetune", "linear_probe", "segment", "detect"]
 
 
 @dataclass(frozen=True)
-class Encoder:
+class PretrainedEncoder:
     """A pre-trained encoder of the tables.
 
     Attributes:

@@ -16,7 +16,7 @@ from common.training.checkpoint import LAST
 from common.training.errors import BadInput
 from common.training.runlog import RESULT
 from paper import cost
-from paper.experiments import MASKS, Encoder, Stage
+from paper.experiments import MASKS, PretrainedEncoder, Stage
 from paper.tables import TABLES, folder_of
 
 Scale = Literal["full", "tiny"]
@@ -51,7 +51,7 @@ class Run:
     effective_batch: int
     batch_per_gpu: int
     needs: tuple[str, ...] = ()
-    cost: cost.Cost | None = None
+    cost: cost.TrainingCost | None = None
 
     @property
     def finished(self) -> bool:
@@ -89,16 +89,16 @@ def graph(tables: Iterable[str], setting: Setting, only: str = "") -> list[Run]:
     Raises:
         BadInput: `only` leaves nothing.
     """
-    wanted: dict[tuple[Encoder, Stage], None] = {}
+    places: dict[tuple[PretrainedEncoder, Stage], None] = {}
     for table in tables:
         for _, cell in TABLES[table].cells():
             if cell.encoder is not None and only in cell.encoder.name:
-                wanted[cell.encoder, cell.stage] = None
-    if not wanted:
+                places[cell.encoder, cell.stage] = None
+    if not places:
         raise BadInput(f"--only {only}: no encoder of table {', '.join(tables)} has this in its name")
     runs: dict[str, Run] = {}
     for seed in setting.seeds:
-        for encoder, stage in wanted:
+        for encoder, stage in places:
             for run in (*_before(encoder, setting, seed), _downstream(encoder, stage, setting, seed)):
                 runs.setdefault(run.name, run)
     return list(runs.values())
@@ -123,7 +123,7 @@ TINY_RATES = {"mae": ("--blr", "1e-2"), "beit": ("--blr", "6.4e-2"), "simmim": (
 TINY = ("--input_size", TINY_PIXELS, "--warmup_epochs", "0", "--num_workers", "0")
 
 
-def _before(encoder: Encoder, setting: Setting, seed: int) -> list[Run]:
+def _before(encoder: PretrainedEncoder, setting: Setting, seed: int) -> list[Run]:
     """Tokenizer and pre-training of an encoder."""
     if encoder.method == "none":
         return []
@@ -131,7 +131,7 @@ def _before(encoder: Encoder, setting: Setting, seed: int) -> list[Run]:
     return [*tokenizer, _pretraining(encoder, setting, seed, tokenizer)]
 
 
-def _pretraining(encoder: Encoder, setting: Setting, seed: int, tokenizer: Sequence[Run]) -> Run:
+def _pretraining(encoder: PretrainedEncoder, setting: Setting, seed: int, tokenizer: Sequence[Run]) -> Run:
     package, module, prefix = MODULES[encoder.method]
     folder = folder_of(setting.root, encoder, seed, "pretrain")
     flags = ["--seed", str(seed), *MASKS[encoder.mask]]
@@ -144,10 +144,10 @@ def _pretraining(encoder: Encoder, setting: Setting, seed: int, tokenizer: Seque
         model = f"{prefix}_tiny_patch8" + ("_8k_vocab" if encoder.method == "beit" else "")
         epochs = max(encoder.epochs // 100, 1)
         flags += ["--model", model, *TINY, *TINY_RATES[encoder.method], "--epochs", str(epochs), "--picture_epochs", "2"]
-        batch, held = TINY_BATCH, TINY_BATCH
+        batch, batch_per_gpu = TINY_BATCH, TINY_BATCH
     else:
         flags += ["--epochs", str(encoder.epochs)]
-        batch, held = EFFECTIVE[encoder.method], 512 if encoder.method == "mae" else 128
+        batch, batch_per_gpu = EFFECTIVE[encoder.method], 512 if encoder.method == "mae" else 128
     macs = cost.pretraining_macs(encoder.method, encoder.size, evolved="--mask" not in MASKS[encoder.mask])
     return Run(
         name=_name(encoder, seed, "pretrain"),
@@ -158,13 +158,13 @@ def _pretraining(encoder: Encoder, setting: Setting, seed: int, tokenizer: Seque
         flags=tuple(flags),
         data_path=setting.data["imagenet"],
         effective_batch=batch,
-        batch_per_gpu=held,
+        batch_per_gpu=batch_per_gpu,
         needs=tuple(run.name for run in tokenizer),
-        cost=cost.Cost(macs, cost.IMAGENET * encoder.epochs),
+        cost=cost.TrainingCost(macs, cost.IMAGENET * encoder.epochs),
     )
 
 
-def _recipe(encoder: Encoder) -> str:
+def _recipe(encoder: PretrainedEncoder) -> str:
     if encoder.size == "small":
         return f"table4_{encoder.method}_small_200.toml"
     return "table5_mae_base_300.toml" if encoder.method == "mae" else f"official_{encoder.method}_base_800.toml"
@@ -219,17 +219,17 @@ TINY_BATCHES: dict[Stage, int] = {"finetune": 32, "linear_probe": 64, "segment":
 PROBE_EPOCHS, TUNE_EPOCHS, DETECT_EPOCHS, SEGMENT_UPDATES = 90, 100, 15, 80_000
 
 
-def _downstream(encoder: Encoder, stage: Stage, setting: Setting, seed: int) -> Run:
+def _downstream(encoder: PretrainedEncoder, stage: Stage, setting: Setting, seed: int) -> Run:
     before = _before(encoder, setting, seed)
     pretrained = before[-1].folder / LAST if before else None
     flags = ["--seed", str(seed), "--init_from", str(pretrained)] if pretrained else ["--seed", str(seed)]
     if setting.scale == "tiny":
         flags += ["--model", "vit_tiny_patch8", "--input_size", TINY_PIXELS, "--num_workers", "0", *TINY_FLAGS[stage]]
         flags += [] if stage == "segment" else ["--warmup_epochs", "0"]
-        batch = held = TINY_BATCHES[stage]
+        batch = batch_per_gpu = TINY_BATCHES[stage]
     else:
         flags += ["--model", f"vit_{encoder.size}_patch16"]
-        batch, held = BATCHES[stage]
+        batch, batch_per_gpu = BATCHES[stage]
     return Run(
         name=_name(encoder, seed, stage),
         module=f"downstream.{stage}",
@@ -239,22 +239,22 @@ def _downstream(encoder: Encoder, stage: Stage, setting: Setting, seed: int) -> 
         flags=tuple(flags),
         data_path=setting.data[DATA[stage]],
         effective_batch=batch,
-        batch_per_gpu=held,
+        batch_per_gpu=batch_per_gpu,
         needs=tuple(run.name for run in before[-1:]),
         cost=_downstream_cost(encoder.size, stage),
     )
 
 
-def _downstream_cost(size: str, stage: Stage) -> cost.Cost:
+def _downstream_cost(size: str, stage: Stage) -> cost.TrainingCost:
     return {
-        "finetune": cost.Cost(cost.finetuning_macs(size), cost.IMAGENET * TUNE_EPOCHS),
-        "linear_probe": cost.Cost(cost.linear_probe_macs(size), cost.IMAGENET * PROBE_EPOCHS),
-        "segment": cost.Cost(cost.segmentation_macs(size), cost.ADE20K_BATCH * SEGMENT_UPDATES),
-        "detect": cost.Cost(cost.detection_macs(size), cost.COCO * DETECT_EPOCHS),
+        "finetune": cost.TrainingCost(cost.finetuning_macs(size), cost.IMAGENET * TUNE_EPOCHS),
+        "linear_probe": cost.TrainingCost(cost.linear_probe_macs(size), cost.IMAGENET * PROBE_EPOCHS),
+        "segment": cost.TrainingCost(cost.segmentation_macs(size), cost.ADE20K_BATCH * SEGMENT_UPDATES),
+        "detect": cost.TrainingCost(cost.detection_macs(size), cost.COCO * DETECT_EPOCHS),
     }[stage]
 
 
-def _name(encoder: Encoder, seed: int, stage: str) -> str:
+def _name(encoder: PretrainedEncoder, seed: int, stage: str) -> str:
     return f"{encoder.name}/seed{seed}/{stage}"
 
 

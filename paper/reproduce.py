@@ -43,29 +43,29 @@ LAYOUTS = {
     "ade20k": "images/ and annotations/",
     "coco": "annotations/ and train2017/",
 }
-State = Literal["finished", "running", "waiting", "failed", "not submitted"]
+RunState = Literal["finished", "running", "waiting", "failed", "not submitted"]
 
 
 def main(argv: Sequence[str]) -> None:
     """One of the actions."""
-    given = parse(argv)
-    setting = make_setting(given)
-    names = list(TABLES) if given.table == "all" else [given.table]
-    runs = graph(names, setting, given.only)
-    if given.collect:
-        collect(names, given.table, setting)
-    elif given.status:
+    args = parse(argv)
+    setting = make_setting(args)
+    names = list(TABLES) if args.table == "all" else [args.table]
+    runs = graph(names, setting, args.only)
+    if args.collect:
+        collect(names, args.table, setting)
+    elif args.status:
         show_status(runs, setting.root)
     else:
         check_recipes(runs)
-        if given.dry_run:
-            show(runs, given.tflops, setting)
+        if args.dry_run:
+            show(runs, args.tflops, setting)
             return
         check_inputs(runs, setting)
         prepare(setting)
-        (submit if given.submit else run_here)(runs, setting)
-        if given.local:
-            collect(names, given.table, setting)
+        (submit if args.submit else run_here)(runs, setting)
+        if args.local:
+            collect(names, args.table, setting)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -100,25 +100,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=cost.DEFAULT_TFLOPS,
         help=f"TFLOP/s that a GPU sustains, for the hours; default: an A100 at {share} [{cost.DEFAULT_TFLOPS}]",
     )
-    given = parser.parse_args(argv)
-    if not given.tflops > 0:
-        raise BadInput(f"--tflops must be above 0, got {given.tflops}")
-    return given
+    args = parser.parse_args(argv)
+    if not args.tflops > 0:
+        raise BadInput(f"--tflops must be above 0, got {args.tflops}")
+    return args
 
 
-def make_setting(given: argparse.Namespace) -> Setting:
+def make_setting(args: argparse.Namespace) -> Setting:
     """Where results go and data comes from."""
-    words = given.seeds.split(",")
+    words = args.seeds.split(",")
     if not all(word.isdecimal() for word in words):
-        raise BadInput(f"--seeds must be numbers such as 0,1,2, got {given.seeds!r}")
-    root = given.output_dir or Path("output") / ("reproduce" if given.scale == "full" else "reproduce_tiny")
+        raise BadInput(f"--seeds must be numbers such as 0,1,2, got {args.seeds!r}")
+    root = args.output_dir or Path("output") / ("reproduce" if args.scale == "full" else "reproduce_tiny")
     root = root.absolute()
-    if given.scale == "tiny":
+    if args.scale == "tiny":
         data = {name: str(root / "scenes" / name) for name in DATA_FLAGS}
     else:
-        data = {name: getattr(given, name) or f"<{name}>" for name in DATA_FLAGS}
+        data = {name: getattr(args, name) or f"<{name}>" for name in DATA_FLAGS}
     seeds = tuple(sorted({int(word) for word in words}))
-    return Setting(root, given.scale, seeds, data, given.tokenizer or "<tokenizer>")
+    return Setting(root, args.scale, seeds, data, args.tokenizer or "<tokenizer>")
 
 
 def check_inputs(runs: Sequence[Run], setting: Setting) -> None:
@@ -141,8 +141,8 @@ def check_inputs(runs: Sequence[Run], setting: Setting) -> None:
 def prepare(setting: Setting) -> None:
     """At tiny scale, composes the scenes that stand in for ImageNet, ADE20K and COCO."""
     if setting.scale == "tiny":
-        made = make_scenes(setting.root / "scenes", SCENES["train"], SCENES["val"], SCENES["size"])
-        print(f"{PROGRAM}: {SCENES['train']} scenes of {made['settings']['sources']} in {setting.root / 'scenes'}", flush=True)
+        content = make_scenes(setting.root / "scenes", SCENES["train"], SCENES["val"], SCENES["size"])
+        print(f"{PROGRAM}: {SCENES['train']} scenes of {content['settings']['sources']} in {setting.root / 'scenes'}", flush=True)
 
 
 # --- listing ---
@@ -157,8 +157,8 @@ def show(runs: Sequence[Run], tflops: float, setting: Setting) -> None:
         state = "finished" if run.finished else f"{hours:.0f} GPU-hours" if hours is not None else "seconds to minutes"
         print(f"# {run.name}: {state}" + (f"; after {', '.join(run.needs)}" if run.needs else ""))
         print(f"{shlex.join([*environment(run, []), f'slurm/{run.script}.sh', *run.flags])}\n")
-    left = sum(not run.finished for run in runs)
-    print(f"{len(runs)} runs, {left} to do" + (f", about {total:.0f} GPU-hours" if setting.scale == "full" else ""))
+    unfinished = sum(not run.finished for run in runs)
+    print(f"{len(runs)} runs, {unfinished} to do" + (f", about {total:.0f} GPU-hours" if setting.scale == "full" else ""))
     if setting.scale == "full":
         print(
             f"Hours are arithmetic, not timings: multiply-adds of the models at {tflops:g} TFLOP/s a GPU (paper/cost.py). "
@@ -193,16 +193,16 @@ def submit(runs: Sequence[Run], setting: Setting) -> None:
         site = site_values()
         for run in todo:
             check(run, site)
-        made: list[str] = []
+        submitted: list[str] = []
         try:
             for run in todo:
                 after = [jobs[name]["job"] for name in run.needs if name in jobs and not _is_finished(name, runs)]
                 jobs[run.name] = {"job": sbatch(run, after, site), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-                made.append(jobs[run.name]["job"])
-                print(f"{run.name}: job {made[-1]}" + (f" after {', '.join(after)}" if after else ""), flush=True)
+                submitted.append(jobs[run.name]["job"])
+                print(f"{run.name}: job {submitted[-1]}" + (f" after {', '.join(after)}" if after else ""), flush=True)
         except BadInput:
-            if made:
-                subprocess.run(["scancel", *made], check=False)
+            if submitted:
+                subprocess.run(["scancel", *submitted], check=False)
             raise
         write_text(setting.root / JOBS, json.dumps(jobs, indent=2) + "\n")
         print(f"{len(todo)} jobs submitted, {len(queue)} in the queue already, {sum(run.finished for run in runs)} finished")
@@ -215,10 +215,10 @@ def _is_finished(name: str, runs: Sequence[Run]) -> bool:
 def check(run: Run, site: dict[str, str]) -> None:
     """What the job's first act will check, before anything is submitted."""
     nodes, ranks = share(run, site)
-    held = int(site["BATCH_PER_GPU"] or run.batch_per_gpu)
+    batch_per_gpu = int(site["BATCH_PER_GPU"] or run.batch_per_gpu)
     words = [*run.command(), "--data_path", run.data_path, "--output_dir", str(run.folder)]
     try:
-        plan(words[0], words[1:], Resources(nodes, ranks, run.effective_batch, held), pending=bool(run.needs))
+        plan(words[0], words[1:], Resources(nodes, ranks, run.effective_batch, batch_per_gpu), pending=bool(run.needs))
     except BadInput as error:
         raise BadInput(f"{run.name}: {error}") from None
 
@@ -238,12 +238,12 @@ def share(run: Run, site: dict[str, str]) -> tuple[int, int]:
 def site_values() -> dict[str, str]:
     """What slurm/site.env and the environment say, the latter first, as slurm/*.sh read them."""
     names = ("NODES", "GPUS_PER_NODE", "TASKS_PER_NODE", "BATCH_PER_GPU")
-    shown = "; ".join(f'printf "%s\\n" "${{{name}-}}"' for name in names)
-    script = f"PROJECT={shlex.quote(str(PROJECT))}; . {shlex.quote(str(PROJECT / 'slurm/job.sh'))}; {shown}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BadInput(f"slurm/site.env: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-    return dict(zip(names, done.stdout.splitlines(), strict=True))
+    prints = "; ".join(f'printf "%s\\n" "${{{name}-}}"' for name in names)
+    script = f"PROJECT={shlex.quote(str(PROJECT))}; . {shlex.quote(str(PROJECT / 'slurm/job.sh'))}; {prints}"
+    process = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise BadInput(f"slurm/site.env: {(process.stderr or process.stdout).strip().splitlines()[-1]}")
+    return dict(zip(names, process.stdout.splitlines(), strict=True))
 
 
 def sbatch(run: Run, after: Sequence[str], site: dict[str, str]) -> str:
@@ -255,18 +255,20 @@ def sbatch(run: Run, after: Sequence[str], site: dict[str, str]) -> str:
     nodes, ranks = share(run, site)
     values = dict(word.split("=", 1) for word in environment(run, after))
     values |= {"NODES": str(nodes), "TASKS_PER_NODE" if site["GPUS_PER_NODE"] == "0" else "GPUS_PER_NODE": str(ranks)}
-    done = subprocess.run(
+    process = subprocess.run(
         [str(PROJECT / "slurm" / f"{run.script}.sh"), *run.flags],
         env={**os.environ, **values, "CHECKED": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    found = [line.rpartition("submitted job ")[2].split(";")[0] for line in done.stdout.splitlines() if "submitted job " in line]
-    if done.returncode or not found:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["no answer"]
-        raise BadInput(f"{run.name}: {said[-1]}; nothing is submitted")
-    return found[-1]
+    numbers = [
+        line.rpartition("submitted job ")[2].split(";")[0] for line in process.stdout.splitlines() if "submitted job " in line
+    ]
+    if process.returncode or not numbers:
+        answer = (process.stderr or process.stdout).strip().splitlines() or ["no answer"]
+        raise BadInput(f"{run.name}: {answer[-1]}; nothing is submitted")
+    return numbers[-1]
 
 
 def read_jobs(root: Path) -> dict[str, Any]:
@@ -287,11 +289,11 @@ def read_queue(jobs: dict[str, Any]) -> dict[str, str]:
     if not jobs:
         return {}
     try:
-        done = subprocess.run(["squeue", "--noheader", "--me", "--format=%A %T"], capture_output=True, text=True, check=True)
+        process = subprocess.run(["squeue", "--noheader", "--me", "--format=%A %T"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise BadInput(f"squeue does not answer: {error}") from None
-    states = dict(line.split() for line in done.stdout.splitlines())
-    return {name: states[one["job"]] for name, one in jobs.items() if one["job"] in states}
+    states = dict(line.split() for line in process.stdout.splitlines())
+    return {name: states[record["job"]] for name, record in jobs.items() if record["job"] in states}
 
 
 @contextmanager
@@ -321,7 +323,7 @@ def show_status(runs: Sequence[Run], root: Path) -> None:
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
 
 
-def state_of(run: Run, jobs: dict[str, Any], queue: dict[str, str]) -> State:
+def state_of(run: Run, jobs: dict[str, Any], queue: dict[str, str]) -> RunState:
     """By the result file first, then by the queue."""
     if run.finished:
         return "finished"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.training.errors import BadInput, Parser, run_cli
 from common.training.runlog import RESULT, write_text
-from paper.experiments import Encoder, Stage
+from paper.experiments import PretrainedEncoder, Stage
 
 PROGRAM = "tables"
 DECIMALS = 2
@@ -38,13 +38,13 @@ class Cell:
 
     column: str
     paper: float | None
-    encoder: Encoder | None = None
+    encoder: PretrainedEncoder | None = None
     stage: Stage = "finetune"
     metric: str = "top1"
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A line of a table."""
 
     label: str
@@ -57,10 +57,10 @@ class Table:
 
     name: str
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     notes: tuple[str, ...] = ()
 
-    def cells(self) -> Iterator[tuple[Row, Cell]]:
+    def cells(self) -> Iterator[tuple[TableRow, Cell]]:
         """All cells with their rows."""
         for row in self.rows:
             for cell in row.cells:
@@ -81,8 +81,8 @@ def _table1() -> Table:
         400: ((79.11, 79.42, 79.29, 80.36), (36.78, 39.43, 40.67, 41.22), (35.19, 35.21, 35.08, 37.17)),
         800: ((79.34, 79.77, 79.69, 80.67), (36.54, 39.31, 41.81, 41.97), (34.62, 38.73, 38.91, 39.02)),
     }
-    random = Encoder("none")
-    first = Row(
+    random = PretrainedEncoder("none")
+    random_row = TableRow(
         "random weights",
         tuple(
             Cell(f"{title}", value, random, stage, metric)
@@ -90,17 +90,17 @@ def _table1() -> Table:
         ),
     )
     rows = [
-        Row(
+        TableRow(
             f"{epochs} epochs, {column}",
             tuple(
-                Cell(title, numbers[epochs][task][place], Encoder("mae", "small", epochs, masks[column]), stage, metric)
+                Cell(title, numbers[epochs][task][place], PretrainedEncoder("mae", "small", epochs, masks[column]), stage, metric)
                 for task, (title, stage, metric) in enumerate(tasks)
             ),
         )
         for epochs in numbers
         for place, column in enumerate(columns)
     ]
-    return Table("1", "MAE ViT-S with static masks and with evolved ones", (first, *rows))
+    return Table("1", "MAE ViT-S with static masks and with evolved ones", (random_row, *rows))
 
 
 def _table2() -> Table:
@@ -114,7 +114,10 @@ def _table2() -> Table:
         ("dynamic, gamma 2", "evolved", 79.89, 40.42),
         ("dynamic, gamma 5", "gamma_5", 79.51, 39.06),
     )
-    rows = (Row(label, _top1_and_miou(Encoder("mae", "small", 200, mask), top1, miou)) for label, mask, top1, miou in lines)
+    rows = (
+        TableRow(label, _top1_and_miou(PretrainedEncoder("mae", "small", 200, mask), top1, miou))
+        for label, mask, top1, miou in lines
+    )
     return Table("2", "Weight of the parts: fixed alpha, and alpha = (t/T)^gamma; MAE ViT-S, 200 epochs", tuple(rows))
 
 
@@ -129,21 +132,21 @@ def _table3() -> Table:
         ("K 30 -> 10", "parts_30_to_10", 79.72),
         ("K 40 -> 10", "evolved", 79.89),
     )
-    rows = (Row(label, (Cell("top-1", top1, Encoder("mae", "small", 200, mask)),)) for label, mask, top1 in lines)
+    rows = (TableRow(label, (Cell("top-1", top1, PretrainedEncoder("mae", "small", 200, mask)),)) for label, mask, top1 in lines)
     return Table("3", "Number of parts; MAE ViT-S, 200 epochs", tuple(rows))
 
 
 def _table4() -> Table:
     lines = (
-        ("MAE", Encoder("mae", "small", 200, "random"), (79.20, 94.61, 38.81, 79.61)),
-        ("MAE + ours", Encoder("mae", "small", 200, "evolved"), (79.89, 94.78, 40.42, 79.95)),
-        ("BEiT", Encoder("beit", "small", 200, "official"), (79.05, 94.57, 38.39, 79.31)),
-        ("BEiT + ours", Encoder("beit", "small", 200, "evolved"), (79.61, 94.74, 39.63, 79.84)),
-        ("SimMIM", Encoder("simmim", "small", 200, "official"), (78.51, 94.18, 38.13, 79.15)),
-        ("SimMIM + ours", Encoder("simmim", "small", 200, "evolved"), (79.08, 94.55, 39.57, 79.80)),
+        ("MAE", PretrainedEncoder("mae", "small", 200, "random"), (79.20, 94.61, 38.81, 79.61)),
+        ("MAE + ours", PretrainedEncoder("mae", "small", 200, "evolved"), (79.89, 94.78, 40.42, 79.95)),
+        ("BEiT", PretrainedEncoder("beit", "small", 200, "official"), (79.05, 94.57, 38.39, 79.31)),
+        ("BEiT + ours", PretrainedEncoder("beit", "small", 200, "evolved"), (79.61, 94.74, 39.63, 79.84)),
+        ("SimMIM", PretrainedEncoder("simmim", "small", 200, "official"), (78.51, 94.18, 38.13, 79.15)),
+        ("SimMIM + ours", PretrainedEncoder("simmim", "small", 200, "evolved"), (79.08, 94.55, 39.57, 79.80)),
     )
     rows = (
-        Row(
+        TableRow(
             label,
             (
                 Cell("top-1", top1, encoder),
@@ -163,7 +166,7 @@ def _table4() -> Table:
 
 
 def _table5() -> Table:
-    others = (
+    quoted = (
         ("ViT, 300 epochs of supervised training", None, 77.9),
         ("DeiT, 300, supervised", None, 81.8),
         ("DINO, 1600", 74.6, 82.8),
@@ -175,15 +178,15 @@ def _table5() -> Table:
         ("SemMAE, 800", 68.7, 83.3),
     )
     ours = (
-        ("BEiT, 300", Encoder("beit", "base", 300, "official"), 56.7, 82.9),
-        ("MAE, 300", Encoder("mae", "base", 300, "random"), 64.4, 83.6),
-        ("SimMIM, 800", Encoder("simmim", "base", 800, "official"), 56.7, 83.8),
-        ("ours (MAE), 200", Encoder("mae", "base", 200, "evolved"), 59.6, 83.6),
-        ("ours (MAE), 300", Encoder("mae", "base", 300, "evolved"), 64.7, 84.1),
+        ("BEiT, 300", PretrainedEncoder("beit", "base", 300, "official"), 56.7, 82.9),
+        ("MAE, 300", PretrainedEncoder("mae", "base", 300, "random"), 64.4, 83.6),
+        ("SimMIM, 800", PretrainedEncoder("simmim", "base", 800, "official"), 56.7, 83.8),
+        ("ours (MAE), 200", PretrainedEncoder("mae", "base", 200, "evolved"), 59.6, 83.6),
+        ("ours (MAE), 300", PretrainedEncoder("mae", "base", 300, "evolved"), 64.7, 84.1),
     )
-    rows = [Row(label, (Cell("linear probe", probe), Cell("fine-tuning", tuned))) for label, probe, tuned in others]
+    rows = [TableRow(label, (Cell("linear probe", probe), Cell("fine-tuning", tuned))) for label, probe, tuned in quoted]
     rows += [
-        Row(label, (Cell("linear probe", probe, encoder, "linear_probe"), Cell("fine-tuning", tuned, encoder)))
+        TableRow(label, (Cell("linear probe", probe, encoder, "linear_probe"), Cell("fine-tuning", tuned, encoder)))
         for label, encoder, probe, tuned in ours
     ]
     notes = (
@@ -194,11 +197,14 @@ def _table5() -> Table:
 
 def _appendix() -> Table:
     lines = (("grid -> block", "grid_to_block", 79.18, 38.30), ("ours", "evolved", 79.89, 40.42))
-    rows = (Row(label, _top1_and_miou(Encoder("mae", "small", 200, mask), top1, miou)) for label, mask, top1, miou in lines)
+    rows = (
+        TableRow(label, _top1_and_miou(PretrainedEncoder("mae", "small", 200, mask), top1, miou))
+        for label, mask, top1, miou in lines
+    )
     return Table("appendix", "Grid masks that turn into blocks; MAE ViT-S, 200 epochs", tuple(rows))
 
 
-def _top1_and_miou(encoder: Encoder, top1: float, miou: float) -> tuple[Cell, Cell]:
+def _top1_and_miou(encoder: PretrainedEncoder, top1: float, miou: float) -> tuple[Cell, Cell]:
     return Cell("top-1", top1, encoder), Cell("mIoU", miou, encoder, "segment", "mIoU")
 
 
@@ -209,7 +215,7 @@ TABLES: dict[str, Table] = {table.name: table for table in (_table1(), _table2()
 
 
 @dataclass(frozen=True)
-class Measured:
+class SeedResults:
     """What finished runs gave for a cell.
 
     Attributes:
@@ -231,21 +237,21 @@ class Measured:
         return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
 
-def folder_of(root: Path, encoder: Encoder, seed: int, stage: str) -> Path:
+def folder_of(root: Path, encoder: PretrainedEncoder, seed: int, stage: str) -> Path:
     """Where a run writes: root/<encoder>/seed<n>/<stage>."""
     return root / encoder.name / f"seed{seed}" / stage
 
 
-def measured(root: Path, cell: Cell) -> Measured:
+def results_of(root: Path, cell: Cell) -> SeedResults:
     """Results of all seeds that are finished.
 
     Raises:
         BadInput: a result file that cannot be read or lacks the metric.
     """
     if cell.encoder is None:
-        return Measured({}, ())
+        return SeedResults({}, ())
     files = sorted((root / cell.encoder.name).glob(f"seed*/{cell.stage}/{RESULT}"), key=_seed_of)
-    return Measured({_seed_of(file): read_metric(file, cell.metric) for file in files}, tuple(files))
+    return SeedResults({_seed_of(file): read_metric(file, cell.metric) for file in files}, tuple(files))
 
 
 def _seed_of(file: Path) -> int:
@@ -269,13 +275,13 @@ def lines_of(table: Table, root: Path) -> list[dict[str, str]]:
     """A line for each cell, the keys HEADINGS; blank where there is no number."""
     lines = []
     for row, cell in table.cells():
-        found = measured(root, cell)
-        mean = None if found.mean is None else round(found.mean, DECIMALS)  # differences are of the numbers as they are shown
+        results = results_of(root, cell)
+        mean = None if results.mean is None else round(results.mean, DECIMALS)  # differences are of the numbers as they are shown
         difference = None if mean is None or cell.paper is None else mean - cell.paper
         texts = (
             table.name, row.label, cell.column,
-            _text(cell.paper), _text(mean), _text(difference, sign=True), _text(found.spread),
-            " ".join(map(str, found.values)), " ".join(str(path.parent) for path in found.paths),
+            _text(cell.paper), _text(mean), _text(difference, sign=True), _text(results.spread),
+            " ".join(map(str, results.values)), " ".join(str(path.parent) for path in results.paths),
         )  # fmt: skip
         lines.append(dict(zip(HEADINGS, texts, strict=True)))
     return lines
@@ -315,7 +321,7 @@ def as_markdown(table: Table, lines: Sequence[dict[str, str]], claim: str = "") 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _markdown_row(row: Row, columns: list[str], lines: dict[tuple[str, str], dict[str, str]]) -> str:
+def _markdown_row(row: TableRow, columns: list[str], lines: dict[tuple[str, str], dict[str, str]]) -> str:
     texts, seeds = [], list[str]()
     for column in columns:
         line = lines.get((row.label, column))
@@ -350,11 +356,11 @@ def main(argv: Sequence[str]) -> None:
         "--results", required=True, type=Path, metavar="ROOT", help="folder with <encoder>/seed<n>/<stage>/result.json"
     )
     parser.add_argument("--output", type=Path, help="files to write, .md and .csv are added [<ROOT>/table_<N>]")
-    given = parser.parse_args(argv)
-    if not given.results.is_dir():
-        raise BadInput(f"--results {given.results}: no such folder")
-    names = list(TABLES) if given.table == "all" else [given.table]
-    paths = write_tables(names, given.results, given.output or given.results / f"table_{given.table}")
+    args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        raise BadInput(f"--results {args.results}: no such folder")
+    names = list(TABLES) if args.table == "all" else [args.table]
+    paths = write_tables(names, args.results, args.output or args.results / f"table_{args.table}")
     print(paths[0].read_text())
     print("\n".join(map(str, paths)))
 

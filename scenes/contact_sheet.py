@@ -42,15 +42,15 @@ def decode_run_lengths(counts: Sequence[int], size: int) -> NDArray[np.bool_]:
 def _tile(picture: Image.Image, objects: list[dict[str, Any]], classes: Sequence[str], scale: int) -> Image.Image:
     size = picture.width
     pixels = np.array(picture.resize((size * scale, size * scale), Image.Resampling.NEAREST))
-    for rank, one in enumerate(objects):
-        mask = decode_run_lengths(one["counts"], size).repeat(scale, axis=0).repeat(scale, axis=1)
+    for rank, instance in enumerate(objects):
+        mask = decode_run_lengths(instance["counts"], size).repeat(scale, axis=0).repeat(scale, axis=1)
         pixels[_outline(mask)] = _COLOURS[rank]
     tile = Image.fromarray(pixels)
     pen = ImageDraw.Draw(tile)
-    for rank, one in enumerate(objects):
-        at = (max(0, min(one["bbox"][0] * scale, tile.width - 80)), max(0, one["bbox"][1] * scale - 13))
-        pen.rectangle(pen.textbbox(at, classes[one["label"]]), fill="black")
-        pen.text(at, classes[one["label"]], fill=_COLOURS[rank])
+    for rank, instance in enumerate(objects):
+        corner = (max(0, min(instance["bbox"][0] * scale, tile.width - 80)), max(0, instance["bbox"][1] * scale - 13))
+        pen.rectangle(pen.textbbox(corner, classes[instance["label"]]), fill="black")
+        pen.text(corner, classes[instance["label"]], fill=_COLOURS[rank])
     return tile
 
 

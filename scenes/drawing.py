@@ -55,7 +55,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class _Placed:
+class _PlacedCutout:
     """A cut-out at its size, RGBA, with its upper left corner in the scene; `depth` orders what covers what."""
 
     label: int
@@ -85,9 +85,9 @@ def draw_scene(pool: Pool, size: int, seed: int, split: str, index: int) -> Scen
     else:
         placed = _place(pool, size, main, 1, 0.0, generator)
         masks = _visible(placed, size)
-    for one in sorted(placed, key=lambda one: one.depth):
-        _paste(canvas, one)
-    instances = tuple(Instance(one.label, mask, one.name) for one, mask in zip(placed, masks, strict=True))
+    for cutout in sorted(placed, key=lambda cutout: cutout.depth):
+        _paste(canvas, cutout)
+    instances = tuple(Instance(cutout.label, mask, cutout.name) for cutout, mask in zip(placed, masks, strict=True))
     return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), instances, name)
 
 
@@ -102,7 +102,7 @@ def _crop(pool: Pool, size: int, generator: np.random.Generator) -> tuple[str, N
     return picture.name, (pixels[:, ::-1] if generator.random() < 0.5 else pixels).copy()
 
 
-def _place(pool: Pool, size: int, main: int, count: int, overhang: float, generator: np.random.Generator) -> list[_Placed]:
+def _place(pool: Pool, size: int, main: int, count: int, overhang: float, generator: np.random.Generator) -> list[_PlacedCutout]:
     """The main object, then `count` - 1 others of any class, each with its size and place; depths are in random order."""
     area = generator.uniform(*MAIN_AREA) * size**2
     placed = [_place_one(pool, size, main, area, overhang, generator)]
@@ -112,7 +112,7 @@ def _place(pool: Pool, size: int, main: int, count: int, overhang: float, genera
     return placed
 
 
-def _place_one(pool: Pool, size: int, label: int, area: float, overhang: float, generator: np.random.Generator) -> _Placed:
+def _place_one(pool: Pool, size: int, label: int, area: float, overhang: float, generator: np.random.Generator) -> _PlacedCutout:
     picture = pool.cutouts[label][int(generator.integers(len(pool.cutouts[label])))]
     rgba = _scaled(picture, area, LONGEST_SIDE * size)
     if generator.random() < 0.5:
@@ -120,7 +120,7 @@ def _place_one(pool: Pool, size: int, label: int, area: float, overhang: float, 
     height, width = rgba.shape[:2]
     left = round(generator.uniform(-overhang * width, size - width + overhang * width))
     top = round(generator.uniform(-overhang * height, size - height + overhang * height))
-    return _Placed(label, picture.name, rgba, left, top, generator.random())
+    return _PlacedCutout(label, picture.name, rgba, left, top, generator.random())
 
 
 def _scaled(picture: Picture, area: float, longest: float) -> NDArray[np.uint8]:
@@ -131,16 +131,16 @@ def _scaled(picture: Picture, area: float, longest: float) -> NDArray[np.uint8]:
     return np.asarray(picture.image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _windows(one: _Placed, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+def _windows(cutout: _PlacedCutout, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """Where a placed cut-out lies: rows and columns of the scene, and the same of the cut-out."""
-    height, width = one.rgba.shape[:2]
-    top, bottom = max(one.top, 0), min(one.top + height, size)
-    left, right = max(one.left, 0), min(one.left + width, size)
+    height, width = cutout.rgba.shape[:2]
+    top, bottom = max(cutout.top, 0), min(cutout.top + height, size)
+    left, right = max(cutout.left, 0), min(cutout.left + width, size)
     scene = (slice(top, bottom), slice(left, right))
-    return scene, (slice(top - one.top, bottom - one.top), slice(left - one.left, right - one.left))
+    return scene, (slice(top - cutout.top, bottom - cutout.top), slice(left - cutout.left, right - cutout.left))
 
 
-def _visible(placed: list[_Placed], size: int) -> list[NDArray[np.bool_]]:
+def _visible(placed: list[_PlacedCutout], size: int) -> list[NDArray[np.bool_]]:
     """Masks bool [S, S] of what is opaque (alpha above one half) and not covered by what is opaque above it."""
     masks: dict[int, NDArray[np.bool_]] = {}
     covered = np.zeros((size, size), dtype=bool)
@@ -153,19 +153,19 @@ def _visible(placed: list[_Placed], size: int) -> list[NDArray[np.bool_]]:
     return [masks[number] for number in range(len(placed))]
 
 
-def _acceptable(placed: list[_Placed], masks: list[NDArray[np.bool_]]) -> bool:
+def _acceptable(placed: list[_PlacedCutout], masks: list[NDArray[np.bool_]]) -> bool:
     """Every object shows enough of itself, and the first shows clearly more than any other."""
     areas = [int(mask.sum()) for mask in masks]
-    for number, (one, area) in enumerate(zip(placed, areas, strict=True)):
+    for number, (cutout, area) in enumerate(zip(placed, areas, strict=True)):
         share = VISIBLE_OTHER if number else VISIBLE_MAIN
-        if area < share * int((one.rgba[..., 3] > 127).sum()) or area < LEAST_AREA * masks[number].size:
+        if area < share * int((cutout.rgba[..., 3] > 127).sum()) or area < LEAST_AREA * masks[number].size:
             return False
     return all(areas[0] >= DOMINANCE * area for area in areas[1:])
 
 
-def _paste(canvas: NDArray[np.float32], one: _Placed) -> None:
+def _paste(canvas: NDArray[np.float32], cutout: _PlacedCutout) -> None:
     """Blends a cut-out into the scene by its alpha, soft edges included."""
-    in_scene, in_cutout = _windows(one, len(canvas))
-    patch = one.rgba[in_cutout].astype(np.float32)
+    in_scene, in_cutout = _windows(cutout, len(canvas))
+    patch = cutout.rgba[in_cutout].astype(np.float32)
     alpha = patch[..., 3:] / 255
     canvas[in_scene] = canvas[in_scene] * (1 - alpha) + patch[..., :3] * alpha

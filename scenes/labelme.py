@@ -47,10 +47,10 @@ def convert(voc: Path, out: Path, val: float = 0.0, seed: int = 0) -> list[str]:
     names = _names(voc / "class_names.txt")
     pairs = _pairs(voc)
     annotations = [_annotation(label, len(names)) for _, label in pairs]
-    for split, chosen in _splits(len(pairs), val, seed).items():
+    for split, indices in _splits(len(pairs), val, seed).items():
         for kind in ("images", "annotations"):
             (out / kind / split).mkdir(parents=True)
-        for index in chosen:
+        for index in indices:
             image = pairs[index][0]
             shutil.copyfile(image, out / "images" / split / image.name)
             Image.fromarray(annotations[index]).save(out / "annotations" / split / f"{image.stem}.png")
@@ -77,9 +77,9 @@ def _pairs(voc: Path) -> list[tuple[Path, Path]]:
     images = sorted((voc / "JPEGImages").glob("*.jpg"))
     if not images:
         raise BadInput(f"{voc / 'JPEGImages'}: no .jpg files")
-    missing = [image for image in images if not (folder / f"{image.stem}.png").is_file()]
-    if missing:
-        raise BadInput(f"{folder}: no {missing[0].stem}.png for {missing[0]}")
+    unlabelled = [image for image in images if not (folder / f"{image.stem}.png").is_file()]
+    if unlabelled:
+        raise BadInput(f"{folder}: no {unlabelled[0].stem}.png for {unlabelled[0]}")
     return [(image, folder / f"{image.stem}.png") for image in images]
 
 
@@ -87,15 +87,15 @@ def _annotation(path: Path, classes: int) -> np.ndarray:
     """Labels of VOC uint8 [H, W] -> ADE20K's: one more, and 0 for 255."""
     try:
         with Image.open(path) as image:
-            held = np.asarray(image)
+            labels = np.asarray(image)
     except OSError as error:
         raise BadInput(f"{path}: {error}") from None
-    if held.ndim != 2 or held.dtype != np.uint8:
+    if labels.ndim != 2 or labels.dtype != np.uint8:
         raise BadInput(f"{path}: must be an 8-bit image of one channel")
-    wrong = held[(held >= classes) & (held != IGNORED)]
-    if wrong.size:
-        raise BadInput(f"{path}: holds label {wrong.max()}, but class_names.txt has {classes} names")
-    return np.where(held == IGNORED, 0, held + np.uint8(1)).astype(np.uint8)
+    unknown = labels[(labels >= classes) & (labels != IGNORED)]
+    if unknown.size:
+        raise BadInput(f"{path}: holds label {unknown.max()}, but class_names.txt has {classes} names")
+    return np.where(labels == IGNORED, 0, labels + np.uint8(1)).astype(np.uint8)
 
 
 def _splits(count: int, val: float, seed: int) -> dict[str, list[int]]:

@@ -51,21 +51,21 @@ def write_scene(out: Path, scene: Scene, classes: Sequence[str], split: str, ima
     stem = f"{image_id:012d}"
     picture = out / "imagenet" / split / classes[scene.label] / f"{stem}.jpg"
     Image.fromarray(scene.pixels).save(picture, quality=_JPEG_QUALITY, subsampling=0)
-    for other in (out / "ade20k/images" / ADE20K[split], out / "coco" / COCO[split]):
-        _link(picture, other / picture.name)
+    for folder in (out / "ade20k/images" / ADE20K[split], out / "coco" / COCO[split]):
+        _link(picture, folder / picture.name)
     annotation = np.full(scene.pixels.shape[:2], len(classes) + 1, dtype=np.uint8)  # [S, S]
-    for one in scene.instances:
-        annotation[one.mask] = one.label + 1
+    for instance in scene.instances:
+        annotation[instance.mask] = instance.label + 1
     Image.fromarray(annotation).save(out / "ade20k/annotations" / ADE20K[split] / f"{stem}.png")
     objects = [
         {
-            "label": one.label,
-            "name": one.name,
-            "bbox": box_of(one.mask),
-            "area": int(one.mask.sum()),
-            "counts": run_lengths(one.mask),
+            "label": instance.label,
+            "name": instance.name,
+            "bbox": box_of(instance.mask),
+            "area": int(instance.mask.sum()),
+            "counts": run_lengths(instance.mask),
         }
-        for one in scene.instances
+        for instance in scene.instances
     ]
     return {"id": image_id, "file_name": picture.name, "label": scene.label, "background": scene.background, "objects": objects}
 
@@ -100,22 +100,28 @@ def _coco(records: Sequence[dict[str, Any]], classes: Sequence[str], size: int) 
         {
             "id": record["id"] * 10 + rank,
             "image_id": record["id"],
-            "category_id": one["label"] + 1,
-            "bbox": one["bbox"],
-            "area": one["area"],
+            "category_id": instance["label"] + 1,
+            "bbox": instance["bbox"],
+            "area": instance["area"],
             "iscrowd": 0,
-            "segmentation": {"size": [size, size], "counts": one["counts"]},
-            "cutout": one["name"],
+            "segmentation": {"size": [size, size], "counts": instance["counts"]},
+            "cutout": instance["name"],
         }
         for record in records
-        for rank, one in enumerate(record["objects"])
+        for rank, instance in enumerate(record["objects"])
     ]
     return {
         "info": {"description": "scenes composed by evolved-part-masking; SOURCES.txt names what of"},
         "licenses": [],
         "images": [
-            {"id": one["id"], "file_name": one["file_name"], "width": size, "height": size, "background": one["background"]}
-            for one in records
+            {
+                "id": record["id"],
+                "file_name": record["file_name"],
+                "width": size,
+                "height": size,
+                "background": record["background"],
+            }
+            for record in records
         ],
         "annotations": annotations,
         "categories": [{"id": index, "name": name, "supercategory": "object"} for index, name in enumerate(classes, 1)],

@@ -39,7 +39,7 @@ from common.training.errors import BadInput, Parser, run_cli
 from scenes.contact_sheet import contact_sheet
 from scenes.drawing import draw_scene
 from scenes.layouts import COCO, FIRST_ID, make_folders, write_lists, write_scene
-from scenes.sources import INSTALL, SPLITS, Kind, Library, load_library, missing_packages, resolve
+from scenes.sources import INSTALL, SPLITS, Library, LibraryKind, load_library, missing_packages, resolve
 
 PROGRAM = "scenes"
 Sources = Literal["auto", "photos", "shapes"]
@@ -58,14 +58,14 @@ _LICENCES = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class SceneSettings:
     """All that the bytes of the data depend on, besides the pictures themselves."""
 
     train: int
     val: int
     size: int
     seed: int
-    sources: Kind
+    sources: LibraryKind
     format: int = 1  # to be counted up whenever the same settings come to give other bytes
 
 
@@ -105,7 +105,7 @@ def make_scenes(
         raise BadInput(f"{out}: {error}") from error
 
 
-def _settings(train: int, val: int, size: int, seed: int, sources: Sources) -> Settings:
+def _settings(train: int, val: int, size: int, seed: int, sources: Sources) -> SceneSettings:
     for flag, value, low, high in (("train", train, 1, MOST_SCENES), ("val", val, 1, MOST_SCENES), ("size", size, *SIZES)):
         if not low <= value <= high:
             raise BadInput(f"--{flag} must be {low} to {high}, got {value}")
@@ -113,13 +113,13 @@ def _settings(train: int, val: int, size: int, seed: int, sources: Sources) -> S
         raise BadInput(f"--seed must be 0 or more, got {seed}")
     if sources not in get_args(Sources):
         raise BadInput(f"--sources must be one of {', '.join(get_args(Sources))}, got {sources!r}")
-    return Settings(train, val, size, seed, resolve(sources))
+    return SceneSettings(train, val, size, seed, resolve(sources))
 
 
 # The state of OUT: scenes.json means whole, scenes.unfinished.json means ours but interrupted, anything else is not ours.
 
 
-def _complete(out: Path, settings: Settings, overwrite: bool) -> dict[str, Any] | None:
+def _complete(out: Path, settings: SceneSettings, overwrite: bool) -> dict[str, Any] | None:
     """What scenes.json says if `out` already holds these scenes; None if they have to be made.
 
     Raises:
@@ -144,7 +144,7 @@ def _complete(out: Path, settings: Settings, overwrite: bool) -> dict[str, Any] 
     return None
 
 
-def _begin(out: Path, settings: Settings) -> None:
+def _begin(out: Path, settings: SceneSettings) -> None:
     """Marks `out` as unfinished, then clears what a former or interrupted run left."""
     out.mkdir(parents=True, exist_ok=True)
     (out / _UNDER_WAY).write_text(json.dumps(asdict(settings)))
@@ -165,18 +165,18 @@ def _finish(out: Path, content: dict[str, Any]) -> None:
 # Making them.
 
 
-def _make(out: Path, settings: Settings, library: Library, workers: int) -> dict[str, Any]:
+def _make(out: Path, settings: SceneSettings, library: Library, workers: int) -> dict[str, Any]:
     make_folders(out, library.classes)
     records = {split: _render_split(out, settings, library, split, workers) for split in SPLITS}
     for split in SPLITS:
         write_lists(out, split, records[split], library.classes, settings.size)
     (out / "SOURCES.txt").write_text(_sources_text(library))
-    shown = [
-        (out / f"coco/{COCO[split]}/{one['file_name']}", one["objects"])
+    samples = [
+        (out / f"coco/{COCO[split]}/{record['file_name']}", record["objects"])
         for split in SPLITS
-        for one in records[split][: _SHEET[split]]
+        for record in records[split][: _SHEET[split]]
     ]
-    contact_sheet(shown, library.classes, settings.size).save(out / "contact_sheet.png")
+    contact_sheet(samples, library.classes, settings.size).save(out / "contact_sheet.png")
     content = _summary(settings, library, records)
     _finish(out, content)
     return content
@@ -187,7 +187,7 @@ class _Job:
     """What a process needs to write any scene of a split."""
 
     out: Path
-    settings: Settings
+    settings: SceneSettings
     library: Library
     split: str
 
@@ -207,7 +207,7 @@ def _run_job(index: int) -> dict[str, Any]:
     return _JOB[0](index)
 
 
-def _render_split(out: Path, settings: Settings, library: Library, split: str, workers: int) -> list[dict[str, Any]]:
+def _render_split(out: Path, settings: SceneSettings, library: Library, split: str, workers: int) -> list[dict[str, Any]]:
     """Writes all scenes of a split; their records in order."""
     count = getattr(settings, split)
     job, processes = _Job(out, settings, library, split), min(workers or _cores(), -(-count // 64))
@@ -233,7 +233,7 @@ def _progress(items: Any, total: int, split: str) -> Iterator[Any]:
     return iter(tqdm(items, total=total, desc=split, unit=" scenes", disable=None))
 
 
-def _summary(settings: Settings, library: Library, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _summary(settings: SceneSettings, library: Library, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "settings": asdict(settings),
         "classes": list(library.classes),
@@ -245,8 +245,8 @@ def _summary(settings: Settings, library: Library, records: dict[str, list[dict[
 
 def _split_summary(library: Library, split: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     pool = library.pools[split]
-    scenes = Counter(one["label"] for one in records)
-    objects = Counter(thing["label"] for one in records for thing in one["objects"])
+    scenes = Counter(record["label"] for record in records)
+    objects = Counter(thing["label"] for record in records for thing in record["objects"])
     return {
         "scenes": len(records),
         "scenes_of_class": {name: scenes[label] for label, name in enumerate(library.classes)},

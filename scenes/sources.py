@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw
 from common.draws import Stream, hash_seed
 from common.training.errors import BadInput
 
-Kind = Literal["photos", "shapes"]
+LibraryKind = Literal["photos", "shapes"]
 SPLITS = ("train", "val")
 
 SHARE = Path("/usr/share")
@@ -121,35 +121,35 @@ class Pool:
 class Library:
     """Classes, the pool of each split, and why each cut-out of the folders that is not used is left out."""
 
-    kind: Kind
+    kind: LibraryKind
     classes: tuple[str, ...]
     pools: dict[str, Pool]
     left_out: dict[str, str]
 
 
-def resolve(sources: Literal["auto", "photos", "shapes"]) -> Kind:
+def resolve(sources: Literal["auto", "photos", "shapes"]) -> LibraryKind:
     """`auto` is photos where all three packages are installed, else shapes.
 
     Raises:
         BadInput: photos are asked for and a package is missing.
     """
-    missing = missing_packages()
-    if sources == "photos" and missing:
-        raise BadInput(f"--sources photos: not installed: {', '.join(missing)}; run: {INSTALL}")
-    return "shapes" if sources == "shapes" or missing else "photos"
+    packages = missing_packages()
+    if sources == "photos" and packages:
+        raise BadInput(f"--sources photos: not installed: {', '.join(packages)}; run: {INSTALL}")
+    return "shapes" if sources == "shapes" or packages else "photos"
 
 
 def missing_packages() -> list[str]:
     """Debian packages of which the expected files are not below :data:`SHARE`."""
-    needed = {
+    files = {
         "tuxpaint-stamps-default": [f"tuxpaint/stamps/{folder}" for folders in FOLDERS.values() for folder in folders],
         "mate-backgrounds": [name for name in BACKGROUNDS if "/mate/" in name],
         "lomiri-wallpapers-16.04": [name for name in BACKGROUNDS if "/mate/" not in name],
     }
-    return [package for package, paths in needed.items() if not all((SHARE / path).exists() for path in paths)]
+    return [package for package, paths in files.items() if not all((SHARE / path).exists() for path in paths)]
 
 
-def load_library(kind: Kind, size: int) -> Library:
+def load_library(kind: LibraryKind, size: int) -> Library:
     """Cut-outs and backgrounds, no larger than scenes of `size` pixels can use them."""
     return _photos(SHARE, size) if kind == "photos" else _shapes(size)
 
@@ -244,7 +244,7 @@ def _photos(share: Path, size: int) -> Library:
     stamps, left_out = share / "tuxpaint/stamps", {}
     pools: dict[str, list[tuple[Picture, ...]]] = {split: [] for split in SPLITS}
     for folders in FOLDERS.values():
-        kept = []
+        pictures = []
         for path in (path for folder in folders for path in sorted((stamps / folder).glob("*.png"))):
             name = path.relative_to(stamps).as_posix()
             image = _open_cutout(path)
@@ -252,21 +252,21 @@ def _photos(share: Path, size: int) -> Library:
             if reason:
                 left_out[name] = reason
             else:
-                kept.append(Picture(name, _at_most(image, size)))
-        _share_out(pools, kept)
+                pictures.append(Picture(name, _at_most(image, size)))
+        _share_out(pools, pictures)
     shorter = ceil(size / SMALLEST_CROP)
     backgrounds = divide((Picture(name, _open_background(share / name, shorter)) for name in BACKGROUNDS), BACKGROUNDS)
     return _library("photos", tuple(FOLDERS), pools, backgrounds, left_out)
 
 
-def _share_out(pools: dict[str, list[tuple[Picture, ...]]], kept: Sequence[Picture]) -> None:
+def _share_out(pools: dict[str, list[tuple[Picture, ...]]], pictures: Sequence[Picture]) -> None:
     """Adds one class to the pools of both splits."""
-    for split, pictures in divide(kept, [picture.name for picture in kept]).items():
-        pools[split].append(tuple(pictures))
+    for split, divided in divide(pictures, [picture.name for picture in pictures]).items():
+        pools[split].append(tuple(divided))
 
 
 def _library(
-    kind: Kind,
+    kind: LibraryKind,
     classes: tuple[str, ...],
     cutouts: dict[str, list[tuple[Picture, ...]]],
     backgrounds: dict[str, list[Picture]],
@@ -283,15 +283,15 @@ def _library(
 def _shapes(size: int) -> Library:
     pools: dict[str, list[tuple[Picture, ...]]] = {split: [] for split in SPLITS}
     for label, shape in enumerate(SHAPES):
-        drawn = [
+        cutouts = [
             Picture(f"{shape}-{number:02d}", _at_most(_draw_shape(label, number), size)) for number in range(_SHAPES_A_CLASS)
         ]
-        _share_out(pools, drawn)
+        _share_out(pools, cutouts)
     side = ceil(size / SMALLEST_CROP)
-    made = [
+    backgrounds = [
         Picture(f"background-{number:02d}", _texture(_shape_generator(99, number), side)) for number in range(_SHAPE_BACKGROUNDS)
     ]
-    return _library("shapes", SHAPES, pools, divide(made, [picture.name for picture in made]), {})
+    return _library("shapes", SHAPES, pools, divide(backgrounds, [picture.name for picture in backgrounds]), {})
 
 
 def _shape_generator(label: int, number: int) -> np.random.Generator:

@@ -31,21 +31,21 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 def main(argv: Sequence[str]) -> None:
     """Checks, then submits, runs or renders."""
-    given, module, flags = parse(argv)
-    ranks = given.gpus_per_node or given.tasks_per_node
-    if given.executor == "debug":
-        given.nodes = ranks = 1
-    resources = Resources(given.nodes, ranks, given.effective_batch, given.batch_per_rank)
+    args, module, flags = parse(argv)
+    ranks = args.gpus_per_node or args.tasks_per_node
+    if args.executor == "debug":
+        args.nodes = ranks = 1
+    resources = Resources(args.nodes, ranks, args.effective_batch, args.batch_per_rank)
     words = plan(module, flags, resources)
     config = configuration(module, words)[0]
-    job_dir = Path(given.job_dir or Path(config.output_dir) / "submitit").absolute()
+    job_dir = Path(args.job_dir or Path(config.output_dir) / "submitit").absolute()
     check_folder("--job_dir", job_dir)
-    executor = make_executor(given, ranks, job_dir)
-    if given.render:
-        Path(given.render).write_text(batch_script(executor))
+    executor = make_executor(args, ranks, job_dir)
+    if args.render:
+        Path(args.render).write_text(batch_script(executor))
         return
     print(f"{PROGRAM}: {resources.summary()}", flush=True)
-    run(executor, Training(module, words, config.output_dir), config, given.wait)
+    run(executor, Training(module, words, config.output_dir), config, args.wait)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
@@ -55,56 +55,56 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
         BadInput: no module, an unknown option, or options that the executor does not know.
     """
     cut = list(argv).index("--") if "--" in argv else len(argv)
-    given, rest = _parser().parse_args(argv[:cut]), list(argv[cut + 1 :])
-    if not rest:
+    args, command = _parser().parse_args(argv[:cut]), list(argv[cut + 1 :])
+    if not command:
         raise BadInput("MODULE is missing: write the trainer and its flags behind --, as in: -- mae_evolved.main_pretrain ...")
-    if given.render and given.executor != "slurm":
-        raise BadInput(f"--render writes the batch script of --executor slurm, got --executor {given.executor}")
-    if given.executor != "slurm" and given.nodes > 1:
-        raise BadInput(f"--executor {given.executor} is this machine alone, got --nodes {given.nodes}")
+    if args.render and args.executor != "slurm":
+        raise BadInput(f"--render writes the batch script of --executor slurm, got --executor {args.executor}")
+    if args.executor != "slurm" and args.nodes > 1:
+        raise BadInput(f"--executor {args.executor} is this machine alone, got --nodes {args.nodes}")
     for name in ("time", "cpus_per_task", "signal_seconds"):
-        if getattr(given, name) < 1:
-            raise BadInput(f"--{name} must be 1 or more, got {getattr(given, name)}")
-    return given, rest[0], rest[1:]
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    return args, command[0], command[1:]
 
 
-def make_executor(given: argparse.Namespace, ranks: int, job_dir: Path) -> submitit.AutoExecutor:
+def make_executor(args: argparse.Namespace, ranks: int, job_dir: Path) -> submitit.AutoExecutor:
     """The executor with all that is asked of the cluster.
 
     Raises:
         BadInput: no Slurm on this machine, or an option that submitit does not take.
     """
-    if given.executor == "slurm" and shutil.which("srun") is None:
+    if args.executor == "slurm" and shutil.which("srun") is None:
         raise BadInput("--executor slurm: srun is not on PATH, this is no node of a Slurm cluster (--executor local runs here)")
-    executor = submitit.AutoExecutor(folder=job_dir / "%j", cluster=given.executor, slurm_max_num_timeout=given.max_restarts)
-    if given.executor == "debug":
+    executor = submitit.AutoExecutor(folder=job_dir / "%j", cluster=args.executor, slurm_max_num_timeout=args.max_restarts)
+    if args.executor == "debug":
         return executor
     options: dict[str, Any] = {
-        "name": given.job_name,
-        "timeout_min": given.time,
-        "nodes": given.nodes,
+        "name": args.job_name,
+        "timeout_min": args.time,
+        "nodes": args.nodes,
         "tasks_per_node": ranks,
-        "gpus_per_node": given.gpus_per_node,
-        "cpus_per_task": given.cpus_per_task,
-        "mem_gb": given.mem_gb,
+        "gpus_per_node": args.gpus_per_node,
+        "cpus_per_task": args.cpus_per_task,
+        "mem_gb": args.mem_gb,
     }
-    if given.executor == "slurm":
-        options |= _slurm_options(given)
+    if args.executor == "slurm":
+        options |= _slurm_options(args)
     executor.update_parameters(**{key: value for key, value in options.items() if value is not None})
     return executor
 
 
-def _slurm_options(given: argparse.Namespace) -> dict[str, Any]:
-    more = dict(_pair(word) for word in given.sbatch)
+def _slurm_options(args: argparse.Namespace) -> dict[str, Any]:
+    extra = dict(_pair(word) for word in args.sbatch)
     return {
-        "slurm_partition": given.partition,
-        "slurm_account": given.account,
-        "slurm_qos": given.qos,
-        "slurm_signal_delay_s": given.signal_seconds,
+        "slurm_partition": args.partition,
+        "slurm_account": args.account,
+        "slurm_qos": args.qos,
+        "slurm_signal_delay_s": args.signal_seconds,
         # srun does not take sbatch's cores a task over; a rank that dies ends the others.
-        "slurm_srun_args": [f"--cpus-per-task={given.cpus_per_task}", "--kill-on-bad-exit=1"],
-        "slurm_setup": [f"export PYTHONPATH={PROJECT}${{PYTHONPATH:+:$PYTHONPATH}} SUBMITIT_PREEMPT_SIGNAL=USR1", *given.setup],
-        "slurm_additional_parameters": {"requeue": True, **more},
+        "slurm_srun_args": [f"--cpus-per-task={args.cpus_per_task}", "--kill-on-bad-exit=1"],
+        "slurm_setup": [f"export PYTHONPATH={PROJECT}${{PYTHONPATH:+:$PYTHONPATH}} SUBMITIT_PREEMPT_SIGNAL=USR1", *args.setup],
+        "slurm_additional_parameters": {"requeue": True, **extra},
     }
 
 
@@ -155,9 +155,9 @@ def submit(executor: submitit.AutoExecutor, training: Training) -> submitit.Job[
     try:
         return executor.submit(training)
     except (FailedJobError, FailedSubmissionError) as error:
-        for left in (set(folder.glob("*")) | set(folder.glob(".*"))) - before:
-            if left.is_file():
-                left.unlink()
+        for path in (set(folder.glob("*")) | set(folder.glob(".*"))) - before:
+            if path.is_file():
+                path.unlink()
         marks = ("sbatch: error: ", "sbatch: fatal: ")
         lines = [line.removeprefix(mark) for line in str(error).splitlines() for mark in marks if line.startswith(mark)]
         raise BadInput(f"not submitted: {'; '.join(lines) or error}") from None

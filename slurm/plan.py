@@ -61,10 +61,10 @@ class Resources:
         """
         if self.effective_batch % self.ranks:
             fitting = [count for count in range(1, self.effective_batch + 1) if self.effective_batch % count == 0]
-            near = [max(count for count in fitting if count < self.ranks), *(c for c in fitting if c > self.ranks)][:2]
+            neighbours = [max(count for count in fitting if count < self.ranks), *(c for c in fitting if c > self.ranks)][:2]
             raise BadInput(
                 f"{self.nodes} nodes x {self.ranks_per_node} GPUs (or processes) = {self.ranks} ranks cannot share an effective "
-                f"batch of {self.effective_batch} equally; {' or '.join(map(str, near))} ranks can"
+                f"batch of {self.effective_batch} equally; {' or '.join(map(str, neighbours))} ranks can"
             )
         share = self.effective_batch // self.ranks
         batch_size = max(size for size in range(1, min(share, self.batch_per_rank) + 1) if share % size == 0)
@@ -90,9 +90,9 @@ def plan(module: str, flags: Sequence[str], resources: Resources, pending: bool 
         BadInput: a flag, the data, the output folder, a checkpoint of other settings, or ranks that do not fit the batch.
     """
     batch_size, accum_iter = resources.split()
-    given = {word.split("=")[0].removeprefix("--") for word in flags if word.startswith("--")}
+    flag_names = {word.split("=")[0].removeprefix("--") for word in flags if word.startswith("--")}
     for name in WORKED_OUT:
-        if name in given:
+        if name in flag_names:
             raise BadInput(f"--{name} is worked out from the effective batch, the ranks and what a rank can hold: leave it out")
     words = [*flags, "--batch_size", str(batch_size), "--accum_iter", str(accum_iter)]
     config, mask_config = configuration(module, words)
@@ -116,13 +116,13 @@ def configuration(module: str, argv: Sequence[str]) -> tuple[RunConfig, MaskConf
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise BadInput(f"{module}: no such module") from None
-    classes = [one for _, one in inspect.getmembers(trainer, inspect.isclass) if issubclass(one, RunConfig)]
-    own = [one for one in classes if one.__module__ == module]
-    if len(own) != 1 or not hasattr(trainer, "main"):
+    classes = [member for _, member in inspect.getmembers(trainer, inspect.isclass) if issubclass(member, RunConfig)]
+    configurations = [member for member in classes if member.__module__ == module]
+    if len(configurations) != 1 or not hasattr(trainer, "main"):
         raise BadInput(f"{module}: is not a trainer of this project (one configuration and a main)")
-    if issubclass(own[0], TrainConfig):
-        return parse_arguments(own[0], module, "", argv)
-    return parse_flags(own[0], module, "", argv), None
+    if issubclass(configurations[0], TrainConfig):
+        return parse_arguments(configurations[0], module, "", argv)
+    return parse_flags(configurations[0], module, "", argv), None
 
 
 def check_paths(config: RunConfig, pending: bool = False) -> None:
@@ -136,11 +136,11 @@ def check_paths(config: RunConfig, pending: bool = False) -> None:
 
 def check_folder(flag: str, folder: Path) -> None:
     """Raises BadInput unless `folder` is or can be made a folder that can be written to."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise BadInput(f"{flag} {folder}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"{flag} {folder}: {there} cannot be written to")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise BadInput(f"{flag} {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise BadInput(f"{flag} {folder}: {existing} cannot be written to")
 
 
 def check_data(module: str, config: RunConfig) -> None:
@@ -148,9 +148,9 @@ def check_data(module: str, config: RunConfig) -> None:
 
     A module whose data has a layout of its own has a function `check_data`.
     """
-    own = getattr(importlib.import_module(module), "check_data", None)
-    if own is not None:
-        own(config)
+    module_check = getattr(importlib.import_module(module), "check_data", None)
+    if module_check is not None:
+        module_check(config)
     elif not config.data_path or config.dataset not in ("auto", "folder"):
         open_source(config)
     elif not has_image(Path(config.data_path)):
@@ -162,10 +162,10 @@ def has_image(root: Path) -> bool:
     folder = root / "train" if (root / "train").is_dir() else root
     if not folder.is_dir():
         return False
-    for one in sorted(folder.iterdir()):
-        if one.is_dir():
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
             try:
-                return bool(find_images(one))
+                return bool(find_images(entry))
             except BadInput:
                 return False
     return False
@@ -193,8 +193,8 @@ def check_checkpoint(config: RunConfig, mask_config: MaskConfig | None, effectiv
 def add_resources(parser: argparse.ArgumentParser) -> None:
     """The flags of :class:`Resources` but for the ranks."""
     parser.add_argument("--effective_batch", type=int, required=True, help="images an update, of the recipe")
-    held = "images that a GPU can hold at once; the rest is accumulated"
-    parser.add_argument("--batch_per_rank", type=int, required=True, help=held)
+    capacity_help = "images that a GPU can hold at once; the rest is accumulated"
+    parser.add_argument("--batch_per_rank", type=int, required=True, help=capacity_help)
     parser.add_argument("--nodes", type=int, default=1, help="nodes [1]")
 
 
@@ -210,16 +210,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--pending", action="store_true", help="do not look for files that another job is to write first")
     parser.add_argument("module", help="module to run, such as mae_evolved.main_pretrain")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags; with --upstream the official script's")
-    given = parser.parse_args(argv)
-    resources = Resources(given.nodes, given.ranks_per_node, given.effective_batch, given.batch_per_rank)
-    places = ["--data_path", given.data_path, "--output_dir", given.output_dir]
-    if given.upstream:
-        data, output = Path(given.data_path), Path(given.output_dir)
+    args = parser.parse_args(argv)
+    resources = Resources(args.nodes, args.ranks_per_node, args.effective_batch, args.batch_per_rank)
+    places = ["--data_path", args.data_path, "--output_dir", args.output_dir]
+    if args.upstream:
+        data, output = Path(args.data_path), Path(args.output_dir)
         check_folder("--output_dir", output)
-        words = official_command(given.module, Path(given.upstream), data, output, resources.split(), given.flags)
+        words = official_command(args.module, Path(args.upstream), data, output, resources.split(), args.flags)
     else:
-        timeout = ["--dist_timeout", given.dist_timeout]
-        words = ["-m", given.module, *plan(given.module, [*places, *timeout, *given.flags], resources, given.pending)]
+        timeout = ["--dist_timeout", args.dist_timeout]
+        words = ["-m", args.module, *plan(args.module, [*places, *timeout, *args.flags], resources, args.pending)]
     print("\n".join([f"{PROGRAM}:", resources.summary(), *words]))
 
 

@@ -83,7 +83,7 @@ class Training:
     def _is_ended(self, environment: JobEnvironment) -> bool:
         if environment.cluster != "slurm":
             return self.terminated
-        shown = subprocess.run(
+        description = subprocess.run(
             ["scontrol", "show", "job", environment.raw_job_id], capture_output=True, text=True, check=False
         ).stdout
-        return "JobState=RUNNING" not in shown.split()
+        return "JobState=RUNNING" not in description.split()

@@ -11,7 +11,7 @@ from patches.apply import Checkout, read_patch, read_upstream
 
 
 @dataclass(frozen=True)
-class Script:
+class OfficialScript:
     """An official pre-training script.
 
     Attributes:
@@ -34,11 +34,11 @@ class Script:
 
 
 SCRIPTS = {
-    "mae_evolved.main_pretrain": Script(
+    "mae_evolved.main_pretrain": OfficialScript(
         "mae", "main_pretrain.py", accumulation="--accum_iter", resume="--resume", reads_train=False
     ),
-    "beit_evolved.run_beit_pretraining": Script("beit", "run_beit_pretraining.py"),
-    "simmim_evolved.main_simmim": Script(
+    "beit_evolved.run_beit_pretraining": OfficialScript("beit", "run_beit_pretraining.py"),
+    "simmim_evolved.main_simmim": OfficialScript(
         "simmim", "main_simmim.py", "--batch-size", "--accumulation-steps", "--data-path", "--output", log=""
     ),
 }
@@ -76,8 +76,8 @@ def official_command(
     words += [script.accumulation, str(accum_iter)] if script.accumulation else []
     words += [script.data, str(data / "train" if script.reads_train else data), script.output, str(output)]
     words += [script.log, str(output / "tensorboard")] if script.log else []
-    last = newest_checkpoint(output) if script.resume else None
-    return [*words, script.resume, str(last)] if last else words
+    newest = newest_checkpoint(output) if script.resume else None
+    return [*words, script.resume, str(newest)] if newest else words
 
 
 def patched_folder(clone: Path, name: str) -> Path:

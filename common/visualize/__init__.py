@@ -95,26 +95,26 @@ class MaskPictures:
             (mask.height, mask.width), mask.num_masked, mask.total_epochs, replace(mask.config, shortcut=False),
             seed=mask.seed, num_prefix_tokens=mask.num_prefix_tokens,
         )  # fmt: skip
-        self.wanted = sorted({round(i * (len(source) - 1) / max(count - 1, 1)) for i in range(count)})
+        self.indices = sorted({round(i * (len(source) - 1) / max(count - 1, 1)) for i in range(count)})
 
     def take(self, epoch: int, device: torch.device, attention_fn: Callable[[Tensor], Iterable[Tensor]]) -> np.ndarray:
         """Snapshot of `epoch`; returns a contact sheet uint8 [rows, columns, 3], a row an image: image, parts, mask."""
         ids, loaded = self._readable()
         images = torch.stack(loaded).to(device)
         self.mask.set_epoch(epoch)
-        made = self.mask(images, attention_fn, torch.tensor(ids, device=device))
+        sample = self.mask(images, attention_fn, torch.tensor(ids, device=device))
         grid = (len(ids), self.mask.height, self.mask.width)
-        shown = self.to_colours(images).permute(0, 2, 3, 1).cpu().numpy()
-        parts, masks = made.parts.reshape(grid).cpu().numpy(), made.mask.reshape(grid).cpu().numpy()
+        colours = self.to_colours(images).permute(0, 2, 3, 1).cpu().numpy()
+        parts, masks = sample.parts.reshape(grid).cpu().numpy(), sample.mask.reshape(grid).cpu().numpy()
         self.folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(
             self.folder / f"epoch_{epoch:04d}.npz",
-            images=(shown * 255).round().astype(np.uint8), parts=parts, masks=masks,
-            epoch=epoch, alpha=made.alpha, num_parts=made.num_parts,
+            images=(colours * 255).round().astype(np.uint8), parts=parts, masks=masks,
+            epoch=epoch, alpha=sample.alpha, num_parts=sample.num_parts,
         )  # fmt: skip
         rows = [
             np.concatenate([image, draw_parts(image, part), draw_mask(image, mask)], axis=1)
-            for image, part, mask in zip(shown, parts, masks, strict=True)
+            for image, part, mask in zip(colours, parts, masks, strict=True)
         ]
         return (np.concatenate(rows) * 255).round().astype(np.uint8)
 
@@ -134,10 +134,10 @@ class MaskPictures:
             return None
 
     def _readable(self) -> tuple[list[int], list[Tensor]]:
-        """Wanted images that can be read; an unreadable one is left out."""
+        """The images that can be read; an unreadable one is left out."""
         ids: list[int] = []
         images: list[Tensor] = []
-        for index in self.wanted:
+        for index in self.indices:
             try:
                 images.append(self.transform(self.source.load(index)))
                 ids.append(index)

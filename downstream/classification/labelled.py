@@ -26,7 +26,7 @@ from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource, FileSourc
 FASHION_CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
-class Labelled:
+class LabelledImages:
     """Images with their classes.
 
     Args:
@@ -49,42 +49,42 @@ class Labelled:
         return self.images.name(index)
 
 
-class Subset:
+class LabelledSubset:
     """Some samples of a set, in the order given."""
 
-    def __init__(self, whole: Labelled, indices: list[int]) -> None:
-        self.whole, self.indices, self.classes = whole, indices, whole.classes
+    def __init__(self, source: LabelledImages, indices: list[int]) -> None:
+        self.source, self.indices, self.classes = source, indices, source.classes
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def load(self, index: int) -> tuple[Any, int]:
         """(image, class)."""
-        return self.whole.load(self.indices[index])
+        return self.source.load(self.indices[index])
 
     def name(self, index: int) -> str:
-        return self.whole.name(self.indices[index])
+        return self.source.name(self.indices[index])
 
 
-def draw_subset(whole: Labelled, count: int, seed: int) -> Labelled | Subset:
+def draw_subset(source: LabelledImages, count: int, seed: int) -> LabelledImages | LabelledSubset:
     """`count` samples drawn without replacement, the same number of each class up to one; 0: all of them.
 
     Raises:
         BadInput: more than there are.
     """
     if count == 0:
-        return whole
-    if count > len(whole):
-        raise BadInput(f"--subset {count}: there are {len(whole)} training images")
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    labels = torch.tensor(whole.labels)[order]
+        return source
+    if count > len(source):
+        raise BadInput(f"--subset {count}: there are {len(source)} training images")
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+    labels = torch.tensor(source.labels)[order]
     by_class, sizes = labels.argsort(stable=True), labels.bincount()
     turn = torch.empty_like(order)  # how many of the class came before, in the shuffled order
-    turn[by_class] = torch.arange(len(whole)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
-    return Subset(whole, order[turn.argsort(stable=True)[:count]].sort().values.tolist())
+    turn[by_class] = torch.arange(len(source)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
+    return LabelledSubset(source, order[turn.argsort(stable=True)[:count]].sort().values.tolist())
 
 
-def open_labelled(config: RunConfig, train: bool) -> Labelled:
+def open_labelled(config: RunConfig, train: bool) -> LabelledImages:
     """The training or the validation set that --dataset and --data_path name.
 
     Raises:
@@ -100,29 +100,31 @@ def open_labelled(config: RunConfig, train: bool) -> Labelled:
     images, labels, classes = _named_set(kind, config, train)
     if len(images) != len(labels):
         raise BadInput(f"--dataset {kind}: {len(images)} images, but {len(labels)} labels in --data_path {config.data_path!r}")
-    return Labelled(ArraySource(images, kind), [int(label) for label in labels], classes)
+    return LabelledImages(ArraySource(images, kind), [int(label) for label in labels], classes)
 
 
-def same_classes(train: Labelled, val: Labelled, where: str) -> None:
+def same_classes(train: LabelledImages, val: LabelledImages, data_path: str) -> None:
     """Raises BadInput unless both sets name the same classes in the same order."""
     differ = sorted(set(train.classes) ^ set(val.classes))
     if train.classes != val.classes:
-        raise BadInput(f"--data_path {where}: train and val have different classes: {', '.join(differ[:8])}")
+        raise BadInput(f"--data_path {data_path}: train and val have different classes: {', '.join(differ[:8])}")
 
 
-def _folder(config: RunConfig, train: bool) -> Labelled:
+def _folder(config: RunConfig, train: bool) -> LabelledImages:
     if not config.data_path:
         raise BadInput("--data_path is needed: a folder with train/<class>/ and val/<class>/")
     folder = Path(config.data_path) / ("train" if train else "val")
     if not folder.is_dir():
         raise BadInput(f"--data_path {config.data_path}: no folder {folder} (expected train/<class>/ and val/<class>/)")
-    classes = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-    found = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*")) if is_image(path)]
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    samples = [
+        (path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*")) if is_image(path)
+    ]
     if not classes:
         raise BadInput(f"--data_path {config.data_path}: no class folders in {folder} (expected {folder.name}/<class>/*)")
-    if not found:
+    if not samples:
         raise BadInput(f"--data_path {config.data_path}: no images in the class folders of {folder}")
-    return Labelled(FileSource([path for path, _ in found]), [label for _, label in found], classes)
+    return LabelledImages(FileSource([path for path, _ in samples]), [label for _, label in samples], classes)
 
 
 def _named_set(kind: str, config: RunConfig, train: bool) -> tuple[np.ndarray, Any, list[str]]:
@@ -206,7 +208,7 @@ def is_rand_augment(words: str) -> bool:
     return re.fullmatch(r"rand(-(m|n|inc)\d+|-mstd\d+(\.\d+)?|-w0)*", words) is not None
 
 
-class Covering:
+class ResizeToCover:
     """Resizes an image so that its middle of `size` has `share` of the side that binds.
 
     The shorter side becomes floor(side / share) for square sizes, as in torchvision's Resize and the official evaluations.
@@ -222,18 +224,18 @@ class Covering:
     def __call__(self, image: Any) -> Any:
         (height, width), (high, wide) = self.size, (image.height, image.width)
         if height * wide >= width * high:
-            new = int(height / self.share)
-            size = (new, new * wide // high)
+            side = int(height / self.share)
+            size = (side, side * wide // high)
         else:
-            new = int(width / self.share)
-            size = (new * high // wide, new)
+            side = int(width / self.share)
+            size = (side * high // wide, side)
         return transforms.functional.resize(image, list(size), self.interpolation)
 
 
 def middle(config: Any) -> Transform:
-    """The middle of an image, after :class:`Covering`; normalised."""
+    """The middle of an image, after :class:`ResizeToCover`; normalised."""
     steps = [
-        Covering(config.image_size, config.crop_pct, InterpolationMode(config.interpolation)),
+        ResizeToCover(config.image_size, config.crop_pct, InterpolationMode(config.interpolation)),
         transforms.CenterCrop(config.image_size),
         transforms.ToTensor(),
         transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),

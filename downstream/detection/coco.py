@@ -96,14 +96,14 @@ class CocoSource:
         tables = _read_tables(self.file)
         if not self.folder.is_dir():
             raise BadInput(f"--data_path {root}: has no folder {self.folder.name} for the images of {self.file.name}")
-        categories = sorted(tables["categories"], key=lambda one: one["id"])
-        self.category_ids: list[int] = [one["id"] for one in categories]
-        self.names: list[str] = [one["name"] for one in categories]
+        categories = sorted(tables["categories"], key=lambda category: category["id"])
+        self.category_ids: list[int] = [category["id"] for category in categories]
+        self.names: list[str] = [category["name"] for category in categories]
         by_image = self._checked(tables)
         if split == "train":
-            self.records = [one for one in tables["images"] if by_image[one["id"]]]
+            self.records = [record for record in tables["images"] if by_image[record["id"]]]
             # Millions of small objects would be copied into each loader process as their reference counts change.
-            self._packed = [json.dumps(by_image[one["id"]]).encode() for one in self.records]
+            self._packed = [json.dumps(by_image[record["id"]]).encode() for record in self.records]
             self.annotations: list[dict[str, Any]] = []
         else:
             self.records, self.annotations = tables["images"], tables["annotations"]
@@ -113,14 +113,14 @@ class CocoSource:
 
     def _checked(self, tables: dict[str, list[dict[str, Any]]]) -> dict[int, list[dict[str, Any]]]:
         """Image id -> its annotations without crowds."""
-        images, classes = {one["id"] for one in tables["images"]}, set(self.category_ids)
+        images, classes = {entry["id"] for entry in tables["images"]}, set(self.category_ids)
         by_image = defaultdict[int, list[dict[str, Any]]](list)
-        for one in tables["annotations"]:
+        for entry in tables["annotations"]:
             for key, known in (("image_id", images), ("category_id", classes)):
-                if one[key] not in known:
-                    raise BadInput(f"{self.file}: annotation {one['id']} has the unknown {key} {one[key]!r}")
-            if not one.get("iscrowd", 0):
-                by_image[one["image_id"]].append({key: one[key] for key in ("id", "category_id", "segmentation")})
+                if entry[key] not in known:
+                    raise BadInput(f"{self.file}: annotation {entry['id']} has the unknown {key} {entry[key]!r}")
+            if not entry.get("iscrowd", 0):
+                by_image[entry["image_id"]].append({key: entry[key] for key in ("id", "category_id", "segmentation")})
         return by_image
 
     def __len__(self) -> int:
@@ -138,36 +138,36 @@ class CocoSource:
         if (image.height, image.width) != size:
             raise ValueError(f"is {image.width} x {image.height}, but {self.file.name} says {size[1]} x {size[0]}")
         objects = json.loads(self._packed[index]) if self.split == "train" else []
-        masks = [self._mask(one, size) for one in objects]
-        labels = [1 + self.category_ids.index(one["category_id"]) for one in objects]
+        masks = [self._mask(annotation, size) for annotation in objects]
+        labels = [1 + self.category_ids.index(annotation["category_id"]) for annotation in objects]
         stacked = torch.from_numpy(np.stack(masks)).bool() if masks else torch.zeros(0, *size, dtype=torch.bool)
         return Photograph(image, stacked, torch.tensor(labels, dtype=torch.int64), index)
 
-    def _mask(self, one: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    def _mask(self, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         """uint8 [h, w]. Raises ValueError if the annotation holds no mask of this size."""
         try:
-            return decoded(one["segmentation"], size, self.tools)
+            return decoded(annotation["segmentation"], size, self.tools)
         except Exception as error:  # pycocotools raises bare Exceptions
-            raise ValueError(f"annotation {one['id']}: segmentation cannot be read: {error}") from None
+            raise ValueError(f"annotation {annotation['id']}: segmentation cannot be read: {error}") from None
 
 
 def _read_tables(file: Path) -> dict[str, list[dict[str, Any]]]:
     """The three lists of COCO's JSON with the keys that are used here."""
     try:
-        held = json.loads(file.read_text())
+        tables = json.loads(file.read_text())
     except OSError as error:
         raise BadInput(f"{file}: {error.strerror} (expected COCO's layout, see --data_path)") from None
     except ValueError as error:
         raise BadInput(f"{file}: is not JSON: {error}") from None
     for table, keys in _TABLES.items():
-        rows = held.get(table) if isinstance(held, dict) else None
+        rows = tables.get(table) if isinstance(tables, dict) else None
         if not isinstance(rows, list):
             raise BadInput(f"{file}: is not COCO's: it has no list {table!r}")
         for row in rows:
             lacking = [key for key in keys if key not in row]
             if lacking:
                 raise BadInput(f"{file}: {table} {row.get('id', row)} has no {', '.join(lacking)}")
-    return held
+    return tables
 
 
 def decoded(segmentation: Any, size: tuple[int, int], tools: ModuleType) -> np.ndarray:
@@ -176,7 +176,7 @@ def decoded(segmentation: Any, size: tuple[int, int], tools: ModuleType) -> np.n
     Polygons of fewer than three points cover nothing; pycocotools would take two points for a box.
     """
     if isinstance(segmentation, list):
-        polygons = [one for one in segmentation if len(one) >= 6]
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         if not polygons:
             return np.zeros(size, dtype=np.uint8)
         packed = tools.merge(tools.frPyObjects(polygons, *size))
@@ -222,18 +222,18 @@ class Jitter:
         low, high = self.scale
         image = photograph.image
         resized = fitted((image.height, image.width), self.size, low + (high - low) * factor)
-        shown = (min(resized[0], self.size[0]), min(resized[1], self.size[1]))
-        start = (int(down * (resized[0] - shown[0] + 1)), int(across * (resized[1] - shown[1] + 1)))
+        window_size = (min(resized[0], self.size[0]), min(resized[1], self.size[1]))
+        start = (int(down * (resized[0] - window_size[0] + 1)), int(across * (resized[1] - window_size[1] + 1)))
         flip = self.flip and side < 0.5
-        pixels = cut(image, resized, start, shown, self.interpolation)
-        masks = photograph.masks[:, _nearest(image.height, resized[0], start[0], shown[0])]
-        masks = masks[:, :, _nearest(image.width, resized[1], start[1], shown[1])]
-        left = masks.flatten(1).any(dim=1)
-        masks = padded(masks[left], self.size)
+        pixels = cut(image, resized, start, window_size, self.interpolation)
+        masks = photograph.masks[:, _nearest(image.height, resized[0], start[0], window_size[0])]
+        masks = masks[:, :, _nearest(image.width, resized[1], start[1], window_size[1])]
+        visible = masks.flatten(1).any(dim=1)
+        masks = padded(masks[visible], self.size)
         pixels = padded(pixels, self.size)
         if flip:
             pixels, masks = pixels.flip(-1), masks.flip(-1)
-        return pixels, {"boxes": tight_boxes(masks), "labels": photograph.labels[left], "masks": masks.to(torch.uint8)}
+        return pixels, {"boxes": tight_boxes(masks), "labels": photograph.labels[visible], "masks": masks.to(torch.uint8)}
 
 
 @dataclass(frozen=True)
@@ -252,9 +252,13 @@ class Fit:
 
 
 def cut(
-    image: Image.Image, resized: tuple[int, int], start: tuple[int, int], shown: tuple[int, int], interpolation: Interpolation
+    image: Image.Image,
+    resized: tuple[int, int],
+    start: tuple[int, int],
+    window_size: tuple[int, int],
+    interpolation: Interpolation,
 ) -> Tensor:
-    """The window of `shown` pixels at `start` of the image resized to `resized`, normalised: [3, *shown].
+    """The window of `window_size` pixels at `start` of the image resized to `resized`, normalised: [3, *window_size].
 
     The rest of the resized image is never made.
     """
@@ -262,16 +266,16 @@ def cut(
     box = (
         start[1] / across,
         start[0] / down,
-        min((start[1] + shown[1]) / across, image.width),
-        min((start[0] + shown[0]) / down, image.height),
+        min((start[1] + window_size[1]) / across, image.width),
+        min((start[0] + window_size[0]) / down, image.height),
     )
-    window = image.resize((shown[1], shown[0]), Image.Resampling[interpolation.upper()], box=box)
+    window = image.resize((window_size[1], window_size[0]), Image.Resampling[interpolation.upper()], box=box)
     return normalize(to_tensor(window), IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _nearest(size: int, resized: int, start: int, shown: int) -> Tensor:
-    """For each of `shown` pixels of the resized image, the pixel of the original that its centre lies in."""
-    centres = 2 * torch.arange(start, start + shown) + 1  # whole numbers, so that no rounding moves an edge
+def _nearest(size: int, resized: int, start: int, window_size: int) -> Tensor:
+    """For each of `window_size` pixels of the resized image, the pixel of the original that its centre lies in."""
+    centres = 2 * torch.arange(start, start + window_size) + 1  # whole numbers, so that no rounding moves an edge
     return centres * size // (2 * resized)
 
 
@@ -284,9 +288,9 @@ def tight_boxes(masks: Tensor) -> Tensor:
     """Boxes of masks that are not empty: [n, H, W] -> float [n, 4] as x0, y0, x1, y1 of their edges."""
     spans = []
     for axis in (1, 2):  # any over rows tells the columns, and the other way round
-        hit = masks.bool().any(dim=axis)
-        first = hit.int().argmax(dim=1)
-        spans.append((first, hit.shape[1] - hit.flip(1).int().argmax(dim=1)))
+        occupied = masks.bool().any(dim=axis)
+        first = occupied.int().argmax(dim=1)
+        spans.append((first, occupied.shape[1] - occupied.flip(1).int().argmax(dim=1)))
     (left, right), (top, bottom) = spans
     return torch.stack([left, top, right, bottom], dim=1).float()
 
@@ -303,23 +307,23 @@ class ObjectBatch(Batch):
 
     def to(self, device: torch.device) -> ObjectBatch:
         """The same batch on `device`."""
-        moved = super().to(device)
-        targets = [{key: value.to(device, non_blocking=True) for key, value in one.items()} for one in self.targets]
-        return ObjectBatch(moved.views, moved.sample_ids, moved.names, moved.bad, targets)
+        batch = super().to(device)
+        targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in self.targets]
+        return ObjectBatch(batch.views, batch.sample_ids, batch.names, batch.bad, targets)
 
     def pin_memory(self) -> ObjectBatch:
         """Called by the loader."""
         pinned = super().pin_memory()
-        targets = [{key: value.pin_memory() for key, value in one.items()} for one in self.targets]
+        targets = [{key: value.pin_memory() for key, value in target.items()} for target in self.targets]
         return ObjectBatch(pinned.views, pinned.sample_ids, pinned.names, pinned.bad, targets)
 
 
 def collate_objects(samples: list[tuple[tuple[Any, ...] | None, int, str, list[str]]]) -> ObjectBatch:
     """Samples -> batch; views are empty when an image was unreadable and so was all that was tried in its place."""
     read = [views for views, _, _, _ in samples if views is not None]
-    whole = len(read) == len(samples)
+    complete = len(read) == len(samples)
     return ObjectBatch(
-        views=(torch.stack([image for image, _ in read]),) if whole else (),
+        views=(torch.stack([image for image, _ in read]),) if complete else (),
         sample_ids=torch.tensor([index for _, index, _, _ in samples]),
         names=[name for _, _, name, _ in samples],
         bad=[line for _, _, _, lines in samples for line in lines],
@@ -331,7 +335,7 @@ def collate_objects(samples: list[tuple[tuple[Any, ...] | None, int, str, list[s
 
 
 @dataclass
-class Found:
+class Detections:
     """Objects that the model found in an image, in the image's own pixels.
 
     Attributes:
@@ -359,39 +363,42 @@ class CocoScores:
     def __init__(self, source: CocoSource) -> None:
         self.source = source
         # pycocotools marks a match by the id of the object, and takes 0 for none: ids begin with 1 here.
-        objects = [{**one, "id": number, "iscrowd": one.get("iscrowd", 0)} for number, one in enumerate(source.annotations, 1)]
+        objects = [
+            {**annotation, "id": number, "iscrowd": annotation.get("iscrowd", 0)}
+            for number, annotation in enumerate(source.annotations, 1)
+        ]
         self.truth = self._dataset(objects)
 
-    def __call__(self, found: list[Found]) -> dict[str, float]:
+    def __call__(self, detections: list[Detections]) -> dict[str, float]:
         """AP, AP50 and AP75, and AP of small, medium and large objects, in percent, for boxes and masks.
 
         Args:
-            found: one for each image, in any order.
+            detections: of every image, in any order.
 
         Returns:
             `AP_box`, ..., `APl_mask`; without the sizes that no object of the split has.
         """
         numbers: dict[str, float] = {}
         for kind, name in KINDS.items():
-            for metric, value in zip(METRICS, self._summary(found, kind), strict=True):
+            for metric, value in zip(METRICS, self._summary(detections, kind), strict=True):
                 if value >= 0:  # -1 says that there was nothing to find
                     numbers[f"{metric}_{name}"] = 100 * value
         return numbers
 
-    def _summary(self, found: list[Found], kind: str) -> list[float]:
+    def _summary(self, detections: list[Detections], kind: str) -> list[float]:
         from pycocotools.cocoeval import COCOeval
 
         with contextlib.redirect_stdout(io.StringIO()):
-            judge = COCOeval(self.truth, self._dataset(self._results(found, kind)), kind)
+            judge = COCOeval(self.truth, self._dataset(self._results(detections, kind)), kind)
             judge.evaluate()
             judge.accumulate()
             judge.summarize()
         return [float(value) for value in judge.stats[: len(METRICS)]]
 
-    def _results(self, found: list[Found], kind: str) -> list[dict[str, Any]]:
+    def _results(self, detections: list[Detections], kind: str) -> list[dict[str, Any]]:
         """Entries as COCO wants them. The area, which says what is small, is that of what is judged."""
         rows: list[dict[str, Any]] = []
-        for image in sorted(found, key=lambda one: one.place):
+        for image in sorted(detections, key=lambda image: image.place):
             image_id = self.source.records[image.place]["id"]
             for (x0, y0, x1, y1), label, score, mask in zip(
                 image.boxes.tolist(), image.labels.tolist(), image.scores.tolist(), image.masks, strict=True

@@ -38,7 +38,7 @@ LONGEST_SIDE = 4
 _IMAGES, _ANNOTATIONS = (".jpg", ".jpeg", ".png"), ".png"
 _CROP_ATTEMPTS = 10
 
-Labelled = tuple[Image.Image, np.ndarray]
+AnnotatedImage = tuple[Image.Image, np.ndarray]
 
 
 class SegmentationSource:
@@ -51,10 +51,12 @@ class SegmentationSource:
     def __init__(self, root: Path, split: str, classes: int) -> None:
         images = _files(root, root / "images" / split, _IMAGES)
         annotations = _files(root, root / "annotations" / split, (_ANNOTATIONS,))
-        lonely = [path for stem, path in images.items() if stem not in annotations]
+        unannotated = [path for stem, path in images.items() if stem not in annotations]
         orphaned = [path for stem, path in annotations.items() if stem not in images]
-        if lonely:
-            raise BadInput(f"--data_path {root}: {len(lonely)} images of {split} without annotation, such as {lonely[0]}")
+        if unannotated:
+            raise BadInput(
+                f"--data_path {root}: {len(unannotated)} images of {split} without annotation, such as {unannotated[0]}"
+            )
         if orphaned:
             raise BadInput(f"--data_path {root}: {len(orphaned)} annotations of {split} without image, such as {orphaned[0]}")
         self.classes = classes
@@ -66,15 +68,15 @@ class SegmentationSource:
     def name(self, index: int) -> str:
         return str(self.pairs[index][0])
 
-    def load(self, index: int) -> Labelled:
+    def load(self, index: int) -> AnnotatedImage:
         """Sample `index`. Raises OSError or ValueError if a file cannot be read or does not fit; names it."""
         place, annotation = self.pairs[index]
         with Image.open(place) as image:
             picture = image.convert("RGB")
         labels = read_labels(annotation, self.classes)
         if labels.shape != (picture.height, picture.width):
-            held = f"{labels.shape[1]}x{labels.shape[0]}"
-            raise ValueError(f"annotation {annotation} has {held} pixels, its image {picture.width}x{picture.height}")
+            size = f"{labels.shape[1]}x{labels.shape[0]}"
+            raise ValueError(f"annotation {annotation} has {size} pixels, its image {picture.width}x{picture.height}")
         return picture, labels
 
 
@@ -86,37 +88,37 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            held = np.asarray(image)
+            labels = np.asarray(image)
     except OSError as error:
         raise OSError(f"annotation {path}: {error}") from None
-    if held.ndim != 2 or held.dtype != np.uint8:
+    if labels.ndim != 2 or labels.dtype != np.uint8:
         raise ValueError(f"annotation {path}: must be an 8-bit image of one channel, is {image.mode}")
-    wrong = held[(held > classes) & (held != IGNORED)]
-    if wrong.size:
-        raise ValueError(f"annotation {path}: holds class {wrong.max()}, but there are {classes} classes")
-    return np.where(held == 0, IGNORED, held - (held != IGNORED).astype(np.uint8)).astype(np.uint8)
+    unknown = labels[(labels > classes) & (labels != IGNORED)]
+    if unknown.size:
+        raise ValueError(f"annotation {path}: holds class {unknown.max()}, but there are {classes} classes")
+    return np.where(labels == 0, IGNORED, labels - (labels != IGNORED).astype(np.uint8)).astype(np.uint8)
 
 
-def class_names(root: Path, asked: int = 0) -> list[str]:
+def class_names(root: Path, count: int = 0) -> list[str]:
     """Names of the classes 1..C: those of ROOT/classes.txt, else their numbers.
 
     Args:
-        asked: C; 0: as many as classes.txt has, or ADE20K's 150 without one.
+        count: C; 0: as many as classes.txt has, or ADE20K's 150 without one.
 
     Raises:
         BadInput: classes.txt cannot be read as such, or has another number of classes.
     """
     path = root / "classes.txt"
     if not path.is_file():
-        return [str(number) for number in range(1, (asked or ADE20K_CLASSES) + 1)]
+        return [str(number) for number in range(1, (count or ADE20K_CLASSES) + 1)]
     try:
         rows = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: {error}") from None
     if not rows or [row[0] for row in rows] != [str(number) for number in range(1, len(rows) + 1)] or {*map(len, rows)} != {2}:
         raise BadInput(f"{path}: expected lines `number<TAB>name`, numbered from 1")
-    if asked and asked != len(rows):
-        raise BadInput(f"--classes {asked}: {path} has {len(rows)}")
+    if count and count != len(rows):
+        raise BadInput(f"--classes {count}: {path} has {len(rows)}")
     if len(rows) > MOST_CLASSES:
         raise BadInput(f"{path}: {len(rows)} classes, but 8-bit annotations hold at most {MOST_CLASSES}")
     return [row[1] for row in rows]
@@ -126,12 +128,12 @@ def _files(root: Path, folder: Path, suffixes: tuple[str, ...]) -> dict[str, Pat
     """Stem -> file, sorted."""
     if not folder.is_dir():
         raise BadInput(f"--data_path {root}: no folder {folder} (expected {{images,annotations}}/{{training,validation}})")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith("."))
-    if not found:
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    if not paths:
         raise BadInput(f"--data_path {root}: no {' or '.join(suffixes)} files in {folder}")
-    files = {path.stem: path for path in found}
-    if len(files) < len(found):
-        double = next(path for path in found if files[path.stem] != path)
+    files = {path.stem: path for path in paths}
+    if len(files) < len(paths):
+        double = next(path for path in paths if files[path.stem] != path)
         raise BadInput(f"--data_path {root}: {double} and {files[double.stem].name} have the same name")
     return files
 
@@ -158,11 +160,11 @@ class TrainingTransform:
         self.size, self.scale, self.cat_max_ratio = size, scale, cat_max_ratio
         self.flip, self.photometric = flip, photometric
 
-    def __call__(self, sample: Labelled) -> tuple[Tensor, Tensor]:
+    def __call__(self, sample: AnnotatedImage) -> tuple[Tensor, Tensor]:
         image, labels = as_tensors(sample)
         image, labels = self._scaled(image, labels)
         top, left = self._crop_place(labels)
-        image, labels = (one[..., top : top + self.size[0], left : left + self.size[1]] for one in (image, labels))
+        image, labels = (plane[..., top : top + self.size[0], left : left + self.size[1]] for plane in (image, labels))
         if self.flip and _uniform(0, 1) < 0.5:
             image, labels = image.flip(-1), labels.flip(-1)
         colours = image.float() / 255
@@ -224,13 +226,13 @@ def _uniform(low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand((), dtype=torch.float64))
 
 
-def validation_transform(sample: Labelled) -> tuple[Tensor, Tensor]:
+def validation_transform(sample: AnnotatedImage) -> tuple[Tensor, Tensor]:
     """A sample of a source -> (normalised image float [3, H, W], labels uint8 [H, W]) in their own size."""
     image, labels = as_tensors(sample)
     return normalise(image.float() / 255), labels
 
 
-def as_tensors(sample: Labelled) -> tuple[Tensor, Tensor]:
+def as_tensors(sample: AnnotatedImage) -> tuple[Tensor, Tensor]:
     """A sample of a source -> (image uint8 [3, H, W], labels uint8 [H, W])."""
     image, labels = sample
     return functional.pil_to_tensor(image), torch.from_numpy(labels)
@@ -238,8 +240,8 @@ def as_tensors(sample: Labelled) -> tuple[Tensor, Tensor]:
 
 def resize_both(image: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Image [3, H, W] bilinearly, labels [H, W] to the nearest, so that pixels stay under their labels."""
-    moved = functional.resize(labels[None], list(size), interpolation=InterpolationMode.NEAREST_EXACT)[0]
-    return functional.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True), moved
+    resized_labels = functional.resize(labels[None], list(size), interpolation=InterpolationMode.NEAREST_EXACT)[0]
+    return functional.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True), resized_labels
 
 
 def normalise(colours: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ class Predictor:
         weight = 1 / (len(self.scales) * (1 + self.flip))
         for scale, times in views.items():
             for flip in (False, True) if self.flip else (False,):
-                seen = [image.flip(-1) for image in images] if flip else images
-                for i, logits in enumerate(self._logits(model, seen, scale)):
+                inputs = [image.flip(-1) for image in images] if flip else images
+                for i, logits in enumerate(self._logits(model, inputs, scale)):
                     full = resized((logits.flip(-1) if flip else logits)[None], images[i].shape[-2:])[0]
                     total[i] = total[i] + weight * times * full.softmax(dim=0)
         return total
@@ -75,8 +75,8 @@ class Predictor:
         ]
         logits = self._forward(model, torch.stack([image[:, rows, columns] for rows, columns in places]))
         total, count = logits.new_zeros(logits.shape[1], *image.shape[1:]), logits.new_zeros(image.shape[1:])
-        for (rows, columns), one in zip(places, logits, strict=True):
-            total[:, rows, columns] += one
+        for (rows, columns), window_logits in zip(places, logits, strict=True):
+            total[:, rows, columns] += window_logits
             count[rows, columns] += 1
         return total / count
 

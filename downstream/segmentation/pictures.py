@@ -39,11 +39,11 @@ def triptych(image: Tensor, truth: Tensor, predicted: Tensor, classes: int) -> n
     picture = (denormalise(image).permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
     factor = LONGER_SIDE / max(picture.shape[:2])
     size = (max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor)))
-    shown = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
-    cells = [np.asarray(shown)]
+    resized = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
+    cells = [np.asarray(resized)]
     for labels in (truth, predicted):
         colours = Image.fromarray(palette(classes)[labels.cpu().numpy()]).resize(size, Image.Resampling.NEAREST)
-        cells.append(np.asarray(Image.blend(shown, colours, _COLOUR_SHARE)))
+        cells.append(np.asarray(Image.blend(resized, colours, _COLOUR_SHARE)))
     gap = np.full((size[1], _GAP, 3), _WHITE, dtype=np.uint8)
     return np.concatenate([cells[0], gap, cells[1], gap, cells[2]], axis=1)
 

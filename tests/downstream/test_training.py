@@ -14,7 +14,7 @@ from torch import nn
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from downstream import finetune, linear_probe
-from downstream.classification.labelled import Labelled, middle, open_labelled
+from downstream.classification.labelled import LabelledImages, middle, open_labelled
 from downstream.finetune import Classifier, FinetuneConfig, make_task
 from downstream.training import TaskConfig, evaluation_batches, layerwise_groups, train_task
 from downstream.vit import METHODS, Encoder, Method
@@ -260,7 +260,7 @@ def test_all_unreadable_images_are_named_on_every_rank(images: Path) -> None:
 def test_predictions_are_drawn_from_all_classes(images: Path) -> None:
     """Validation sets are in the order of their classes."""
     val = open_labelled(config_for(images), train=False)
-    assert isinstance(val, Labelled)
+    assert isinstance(val, LabelledImages)
     drawn = finetune.Evaluation(config_for(images, pictures=7), val, ONE).drawn
     assert sorted(val.labels[index] for index in drawn) == list(range(7))
     assert len(finetune.Evaluation(config_for(images, pictures=99), val, ONE).drawn) == 21

@@ -134,7 +134,7 @@ def test_multiply_adds_of_the_detector_equal_those_that_torch_counts() -> None:
 
 def test_hours_of_the_published_run_come_out_of_its_own_utilisation() -> None:
     """7 h 11 min on 32 V100: the arithmetic turned round."""
-    tuning = cost.Cost(cost.finetuning_macs("base"), cost.IMAGENET * 100)
+    tuning = cost.TrainingCost(cost.finetuning_macs("base"), cost.IMAGENET * 100)
     assert tuning.gpu_hours(cost.PUBLISHED_UTILISATION * cost.V100_PEAK) == pytest.approx(32 * (7 + 11 / 60))
 
 

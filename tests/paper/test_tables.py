@@ -11,13 +11,13 @@ import pytest
 
 from common.mask_config import MaskConfig
 from common.training.errors import BadInput
-from paper.experiments import MASKS, Encoder
-from paper.tables import TABLES, as_csv, as_markdown, lines_of, main, measured, read_metric
+from paper.experiments import MASKS, PretrainedEncoder
+from paper.tables import TABLES, as_csv, as_markdown, lines_of, main, read_metric, results_of
 
-OURS = Encoder("mae", "small", 200, "evolved")
+OURS = PretrainedEncoder("mae", "small", 200, "evolved")
 
 
-def write(root: Path, encoder: Encoder, seed: int, stage: str, **metrics: float) -> Path:
+def write(root: Path, encoder: PretrainedEncoder, seed: int, stage: str, **metrics: float) -> Path:
     """A finished run."""
     file = root / encoder.name / f"seed{seed}" / stage / "result.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def test_every_mask_is_flags_that_the_trainers_take() -> None:
 
 def test_unknown_mask_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown mask 'evolve'"):
-        Encoder("mae", "small", 200, "evolve")
+        PretrainedEncoder("mae", "small", 200, "evolve")
 
 
 def test_without_runs_all_of_ours_is_blank(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_broken_result_is_named(tmp_path: Path) -> None:
 
 def test_other_methods_have_no_place_for_runs(tmp_path: Path) -> None:
     cell = next(cell for row, cell in TABLES["5"].cells() if row.label == "DINO, 1600")
-    assert measured(tmp_path, cell).values == {}
+    assert results_of(tmp_path, cell).values == {}
 
 
 def test_all_tables_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

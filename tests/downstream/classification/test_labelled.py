@@ -20,8 +20,8 @@ from common.training.errors import BadInput
 from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource
 from downstream.classification.labelled import (
     FASHION_CLASSES,
-    Labelled,
-    Subset,
+    LabelledImages,
+    LabelledSubset,
     augmentation,
     draw_subset,
     is_rand_augment,
@@ -42,10 +42,10 @@ def photo(height: int = 41, width: int = 30, seed: int = 0) -> Image.Image:
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def numbered(labels: list[int]) -> Labelled:
+def numbered(labels: list[int]) -> LabelledImages:
     """Image i is filled with i."""
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None].repeat(8, axis=1).repeat(8, axis=2)
-    return Labelled(ArraySource(images, "made"), labels, [str(label) for label in sorted(set(labels))])
+    return LabelledImages(ArraySource(images, "made"), labels, [str(label) for label in sorted(set(labels))])
 
 
 # --- sources ---
@@ -148,7 +148,7 @@ def test_subset_is_even_and_drawn_by_the_seed() -> None:
     assert draw_subset(labelled, 0, 0) is labelled
     for count, shares in ((4, [1, 1, 1, 1]), (8, [2, 2, 2, 2]), (20, [6, 6, 2, 6]), (60, [19, 9, 2, 30])):
         drawn = [draw_subset(labelled, count, seed) for seed in (0, 0, 1)]
-        assert all(isinstance(one, Subset) for one in drawn)
+        assert all(isinstance(one, LabelledSubset) for one in drawn)
         indices = [one.indices for one in drawn]  # type: ignore[union-attr]
         assert indices[0] == indices[1] == sorted(set(indices[0]))
         assert indices[0] != indices[2]
@@ -208,7 +208,7 @@ def test_middle_covers_inputs_that_are_not_square(shape: tuple[int, int]) -> Non
 
 
 def sample(transform: Any, seed: int, epoch: int, index: int) -> torch.Tensor:
-    views, *_ = Samples(Labelled(Photos(), list(range(12)), [""] * 12), transform, seed)[(epoch, index)]
+    views, *_ = Samples(LabelledImages(Photos(), list(range(12)), [""] * 12), transform, seed)[(epoch, index)]
     assert views is not None
     return views[0]
 
@@ -239,7 +239,7 @@ def test_augmentation_is_the_same_for_any_number_of_workers() -> None:
     seen = []
     for workers in (0, 1, 2):
         flags = config(num_workers=workers, batch_size=3, random_erasing=0.5)
-        samples = Samples(Labelled(Photos(), list(range(12)), [""] * 12), augmentation(flags), 0)
+        samples = Samples(LabelledImages(Photos(), list(range(12)), [""] * 12), augmentation(flags), 0)
         batches = RankBatches(len(samples), flags, ONE)
         loader = make_loader(samples, batches, flags, ONE)
         seen.append([batch for epoch in (0, 1) if batches.start_at(epoch) is None for batch in loader])  # type: ignore[func-returns-value]

@@ -18,8 +18,8 @@ from common.training.errors import BadInput
 from downstream.detection.coco import (
     CocoScores,
     CocoSource,
+    Detections,
     Fit,
-    Found,
     Jitter,
     Photograph,
     collate_objects,
@@ -205,7 +205,7 @@ def write_random_truth(root: Path, generator: np.random.Generator) -> CocoSource
     return CocoSource(root, "val")
 
 
-def random_outcome(source: CocoSource, place: int, generator: np.random.Generator) -> Found:
+def random_outcome(source: CocoSource, place: int, generator: np.random.Generator) -> Detections:
     """Moved copies of most objects, some with another class, and some that are not there."""
     masks, labels = [], []
     for one in source.annotations:
@@ -220,10 +220,10 @@ def random_outcome(source: CocoSource, place: int, generator: np.random.Generato
     boxes = [[x, y, x + width, y + height] for x, y, width, height in map(box_of, masks)]
     packed = [tools.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
     scores = generator.random(len(masks)).astype(np.float32)
-    return Found(place, np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(labels, dtype=np.int64), scores, packed)
+    return Detections(place, np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(labels, dtype=np.int64), scores, packed)
 
 
-def judged_elsewhere(source: CocoSource, found: list[Found], kind: str) -> list[float]:
+def judged_elsewhere(source: CocoSource, found: list[Detections], kind: str) -> list[float]:
     """The C++ evaluation of faster-coco-eval, on the JSON itself (but for ids from 1, which all implementations need)."""
     held = json.loads(source.file.read_text())
     for one in held["annotations"]:
@@ -268,12 +268,12 @@ def test_perfect_outcome_is_100_and_none_is_0(root: Path, capsys: pytest.Capture
         boxes[:, 2:] += boxes[:, :2]
         labels = np.array([1 + source.category_ids.index(one["category_id"]) for one in rows], dtype=np.int64)
         masks = [tools.frPyObjects(one["segmentation"], *one["segmentation"]["size"]) for one in rows]
-        found.append(Found(place, boxes, labels, np.linspace(0.9, 0.8, len(rows)), masks))
+        found.append(Detections(place, boxes, labels, np.linspace(0.9, 0.8, len(rows)), masks))
     judge = CocoScores(source)
     numbers = judge(found)
     assert set(numbers) == {f"{key}_{kind}" for key in ("AP", "AP50", "AP75", "APs") for kind in ("box", "mask")}
     assert numbers == pytest.approx(dict.fromkeys(numbers, 100.0))
-    nothing = [Found(place, np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros(0), []) for place in range(len(source))]
+    nothing = [Detections(place, np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros(0), []) for place in range(len(source))]
     assert judge(nothing) == dict.fromkeys(numbers, 0.0)
     assert capsys.readouterr().out == ""
 
