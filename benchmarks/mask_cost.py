@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.skipped_passes import add_schedule_arguments, skipped_by_epoch, write_json
-from common.attention import attention_mode, graph_from_blocks
+from common.attention import attention_mode, patch_graph
 from common.evolved_mask import EvolvedMask, MaskConfig, count_masked
 from common.parts import DEFAULT_FLOOR, fit_parts, partition_parts
 from mae_evolved.model import MODELS, MaskedAutoencoder
@@ -118,7 +118,7 @@ class Workload:
     def attention_pass(self) -> Tensor:
         """What a batch without the shortcut does before its EM: graph [B, N, N]."""
         with attention_mode(self.model), self._autocast():
-            return graph_from_blocks(self.model.attention_maps(self.images))
+            return patch_graph(self.model.attention_maps(self.images))
 
     @torch.no_grad()
     def encoder_forward(self) -> Tensor:
@@ -131,7 +131,7 @@ class Workload:
 
     def reduction(self) -> Tensor:
         """The reduction of as many maps as the encoder has blocks (one map, again and again)."""
-        return graph_from_blocks(repeat(self.one_map, len(self.model.blocks)))
+        return patch_graph(repeat(self.one_map, len(self.model.blocks)))
 
     def cut(self, **options: Any) -> Tensor:
         """The graph cut, with its own k-means++ start as in training unless `options` say otherwise: parts [B, N]."""

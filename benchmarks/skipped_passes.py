@@ -41,8 +41,8 @@ def skipped_images(masker: EvolvedMask, sample_ids: Tensor) -> Tensor:
     The draws are those of `EvolvedMask.__call__`, without the ones that the decision does not read.
     """
     draws = SampleDraws(masker.seed, masker.epoch, sample_ids)
-    by_part = draws.uniform(Stream.PARTS, masker.num_parts)
-    return masker._decided_by_grid(draws.uniform(Stream.GRID, 4), by_part, masker.alpha)
+    part_draw = draws.uniform(Stream.PARTS, masker.num_parts)
+    return masker.decided_by_grid(draws.uniform(Stream.GRID, 4), part_draw)
 
 
 def skipped_by_epoch(masker: EvolvedMask, images: int) -> list[float]:

@@ -49,34 +49,54 @@ class AttentionTap:
             model(images)
         tap.maps[0]  # [B, h, T, T]
 
+    Fused attention (`scaled_dot_product_attention`, flash attention) never makes the map, and so never runs
+    `attn_drop`: that is an error, which names the block. In timm 1.x `block.attn.fused_attn = False` turns it off.
+
     Args:
-        blocks: the encoder's blocks; each needs `attn.attn_drop`.
+        blocks: the encoder's blocks; each needs `attn.attn_drop`. A block that stands there twice is read at each run.
         layers: "all", "last" or a list of block indices.
         values: "softmax", or "scores" for the scaled dot products before the softmax. Scores are computed from
             the output of the module `attn.qkv` ([B, T, 3*h*d], order q, k, v); a bias that a block adds to its
             scores by itself is not in them.
 
-    Attributes:
-        maps: one detached [B, h, T, T] tensor for each chosen block and forward pass, in the order of execution.
-
     Raises:
         TypeError: a block without the needed modules, naming it.
+        RuntimeError: when the tap is closed, a chosen block whose attention ran without the module that is read, or
+            that did not run while others did, naming it.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], layers: Layers = "all", values: Values = "softmax") -> None:
         if values not in ("softmax", "scores"):
             raise ValueError(f"values must be 'softmax' or 'scores', not {values!r}")
         every = list(blocks)
-        self.blocks = [every[i] for i in choose_layers(layers, len(every))]
         self.values = values
-        self.maps: list[Tensor] = []
+        self.blocks: list[nn.Module] = []
+        self._indices: list[int] = []  # of the chosen blocks in the encoder
+        for index in choose_layers(layers, len(every)):
+            if not any(every[index] is block for block in self.blocks):
+                self.blocks.append(every[index])
+                self._indices.append(index)
+        self._maps: list[Tensor] = []
+        self._reads = [0] * len(self.blocks)  # maps that each block gave
+        self._runs = [0] * len(self.blocks)  # runs of its attention
         self._handles: list[Any] = []
 
+    @property
+    def maps(self) -> list[Tensor]:
+        """One detached [B, h, T, T] tensor for each chosen block and forward pass, in the order of execution.
+
+        Raises:
+            RuntimeError: no chosen block ran inside the tap, or one ran without giving its map.
+        """
+        self._check_read()
+        if not any(self._reads):
+            raise RuntimeError(f"no attention was read: none of the {len(self.blocks)} chosen blocks ran inside the tap")
+        return self._maps
+
     def __enter__(self) -> AttentionTap:
-        hook = self._hook_softmax if self.values == "softmax" else self._hook_scores
         try:
-            for block in self.blocks:
-                self._handles.append(hook(block))
+            for place in range(len(self.blocks)):
+                self._hook(place)
         except BaseException:
             self._remove()
             raise
@@ -84,36 +104,72 @@ class AttentionTap:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._remove()
+        if kind is None:
+            self._check_read()
+            self._check_all_ran()
 
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _hook_softmax(self, block: nn.Module) -> Any:
+    def _hook(self, place: int) -> None:
+        attention = self._attention(place, "attn_drop")
+        if self.values == "softmax":
+            self._handles.append(attention.attn_drop.register_forward_pre_hook(self._read_softmax(place)))
+        else:
+            self._handles.append(self._attention(place, "qkv").qkv.register_forward_hook(self._read_scores(place, attention)))
+
+        def count(*_: Any) -> None:
+            self._runs[place] += 1
+
+        self._handles.append(attention.register_forward_hook(count))
+
+    def _attention(self, place: int, needed: str) -> Any:
+        """The module `attn` of a block, which has a module `needed`."""
+        attention = getattr(self.blocks[place], "attn", None)
+        if not isinstance(getattr(attention, needed, None), nn.Module):
+            raise TypeError(f"{self._name(place)} has no module attn.{needed}: AttentionTap cannot read its attention")
+        return attention
+
+    def _read_softmax(self, place: int) -> Any:
         def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.maps.append(args[0].detach())
+            self._add(place, args[0].detach())
 
-        return _submodule(block, "attn_drop").register_forward_pre_hook(read)
+        return read
 
-    def _hook_scores(self, block: nn.Module) -> Any:
-        attention = _submodule(block, "attn_drop", parent=True)
+    def _read_scores(self, place: int, attention: Any) -> Any:
         heads, scale = int(attention.num_heads), float(attention.scale)
 
         def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             batch, tokens, _ = output.shape
             query, key, _ = output.detach().reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            self.maps.append(query @ key.transpose(-2, -1) * scale)
+            self._add(place, query @ key.transpose(-2, -1) * scale)
 
-        return _submodule(block, "qkv").register_forward_hook(read)
+        return read
 
+    def _add(self, place: int, attention: Tensor) -> None:
+        self._maps.append(attention)
+        self._reads[place] += 1
 
-def _submodule(block: nn.Module, name: str, parent: bool = False) -> Any:
-    attention = getattr(block, "attn", None)
-    found = getattr(attention, name, None)
-    if not isinstance(found, nn.Module):
-        raise TypeError(f"{type(block).__name__} has no module attn.{name}: AttentionTap cannot read its attention")
-    return attention if parent else found
+    def _name(self, place: int) -> str:
+        return f"block {self._indices[place]} ({type(self.blocks[place]).__name__})"
+
+    def _check_read(self) -> None:
+        """Raises RuntimeError for a block whose attention ran more often than it gave its map."""
+        needed = "attn_drop" if self.values == "softmax" else "qkv"
+        for place, (reads, runs) in enumerate(zip(self._reads, self._runs, strict=True)):
+            if reads < runs:
+                raise RuntimeError(
+                    f"{self._name(place)} ran its attention without running attn.{needed}, so there is no map to read: "
+                    "fused attention must be turned off in this block (timm 1.x: block.attn.fused_attn = False)"
+                )
+
+    def _check_all_ran(self) -> None:
+        """Raises RuntimeError for a block that was not run while others were."""
+        for place, runs in enumerate(self._runs):
+            if any(self._runs) and not runs:
+                raise RuntimeError(f"{self._name(place)} did not run inside the tap, while other blocks did")
 
 
 def stream_attention(
@@ -130,6 +186,9 @@ def stream_attention(
 
     Yields:
         [B, h, T, T] for each chosen block.
+
+    Raises:
+        TypeError, RuntimeError: a block whose attention cannot be read, naming it; see :class:`AttentionTap`.
     """
     every = list(blocks)
     chosen = choose_layers(layers, len(every))
@@ -137,7 +196,7 @@ def stream_attention(
         if index not in chosen:
             tokens = block(tokens, **block_inputs)
             continue
-        with AttentionTap([block], values=values) as tap:
+        with AttentionTap(every, [index], values) as tap:
             if index == chosen[-1]:
                 block.attn(block.norm1(tokens), **block_inputs)  # type: ignore[operator]
             else:
@@ -163,20 +222,48 @@ def attention_mode(model: nn.Module, mode: Literal["eval", "train"] = "eval") ->
             module.training = training
 
 
-def patch_graph(attention: Tensor, num_prefix_tokens: int = 1, direction: Direction = "row") -> Tensor:
-    """Patch graph from an attention map (Eq. 7): prefix tokens dropped, negative values cut to 0, heads averaged.
+def patch_graph(
+    attention: Tensor | Iterable[Tensor],
+    num_prefix_tokens: int = 1,
+    direction: Direction = "row",
+    heads: Literal["mean", "concat"] = "mean",
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """Patch graph from attention maps (Eq. 7): prefix tokens dropped, negative values cut to 0, heads and blocks averaged.
+
+    Blocks are reduced as they come. Only the running sum is held, so an encoder that yields its maps one block at a
+    time never has two of them in memory.
 
     Args:
-        attention: [B, h, T, T] (or [B, T, T] without heads), rows are queries. Any floating type.
+        attention: [B, h, T, T] (or [B, T, T] without heads), rows are queries, any floating type; or an iterable of
+            such tensors, one a block.
         num_prefix_tokens: P, tokens before the patches (1 for a class token).
         direction: what describes patch i. "row": what it attends to (the paper's phi_i = w_i); "column": how
             much each patch attends to it; "symmetric": the mean of both.
+        heads: "mean" averages the heads; "concat" keeps them side by side.
+        reduction: "mean" over blocks (and heads), or "sum" of all of them as in the authors' released code.
 
     Returns:
-        float32 [B, N, N], weights w_ij >= 0.
+        float32 [B, N, N] for heads "mean", [B, N, h*N] for "concat"; weights w_ij >= 0.
+
+    Raises:
+        ValueError: a map of another shape, no map at all, or an unknown direction.
     """
-    edges = _patch_edges(attention, num_prefix_tokens)
-    return _directed(edges.mean(dim=1), direction)
+    total: Tensor | None = None
+    blocks = 0
+    for block_map in [attention] if isinstance(attention, Tensor) else attention:
+        edges = _patch_edges(block_map, num_prefix_tokens)
+        if heads == "mean":
+            edges = edges.sum(dim=1, keepdim=True) if reduction == "sum" else edges.mean(dim=1, keepdim=True)
+        total = edges if total is None else total.add_(edges)
+        blocks += 1
+        del block_map, edges  # the next block runs before these names are bound again
+    if total is None:
+        raise ValueError("attention_fn gave no attention map: nothing to build the patch graph from")
+    if reduction == "mean":
+        total = total / blocks
+    graph = _directed(total, direction)  # [B, 1 or h, N, N]
+    return graph.transpose(1, 2).flatten(2)
 
 
 def _patch_edges(attention: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -198,41 +285,3 @@ def _directed(edges: Tensor, direction: Direction) -> Tensor:
     if direction == "symmetric":
         return (edges + edges.transpose(-2, -1)) / 2
     raise ValueError(f"direction must be 'row', 'column' or 'symmetric', not {direction!r}")
-
-
-def graph_from_blocks(
-    attention: Tensor | Iterable[Tensor],
-    *,
-    num_prefix_tokens: int = 1,
-    direction: Direction = "row",
-    heads: Literal["mean", "concat"] = "mean",
-    reduction: Literal["mean", "sum"] = "mean",
-) -> Tensor:
-    """One graph from the attention of several blocks, reduced as the blocks come.
-
-    Only the running sum is held, so an encoder that yields its maps one block at a time never has two of them
-    in memory.
-
-    Args:
-        attention: [B, h, T, T], or an iterable of such tensors, one a block.
-        heads: "mean" averages the heads; "concat" keeps them side by side.
-        reduction: "mean" over blocks (and heads), or "sum" of all of them as in the authors' released code.
-
-    Returns:
-        float32 [B, N, N] for heads "mean", [B, N, h*N] for "concat".
-    """
-    total: Tensor | None = None
-    blocks = 0
-    for one in [attention] if isinstance(attention, Tensor) else attention:
-        edges = _patch_edges(one, num_prefix_tokens)
-        if heads == "mean":
-            edges = edges.sum(dim=1, keepdim=True) if reduction == "sum" else edges.mean(dim=1, keepdim=True)
-        total = edges if total is None else total.add_(edges)
-        blocks += 1
-        del one, edges  # the next block runs before these names are bound again
-    if total is None:
-        raise ValueError("attention_fn gave no attention map: nothing to build the patch graph from")
-    if reduction == "mean":
-        total = total / blocks
-    graph = _directed(total, direction)  # [B, 1 or h, N, N]
-    return graph.transpose(1, 2).flatten(2)

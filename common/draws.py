@@ -10,8 +10,9 @@ B batch (images)   C draws an image
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from enum import IntEnum
-from typing import Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,16 +43,46 @@ class Stream(IntEnum):
     SHAPE = 33  # one drawn cut-out or background, where there are no photographs
 
 
-class Draws(Protocol):
+def uniform_numbers(
+    shape: tuple[int, ...],
+    generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The uniform numbers that an equation takes: those handed in, or else drawn.
+
+    Args:
+        shape: of the numbers.
+        generator: draws float32 numbers in [0, 1) on its own device, where no `uniforms` are given.
+        uniforms: the numbers themselves, in [0, 1).
+        device: where they go; default: where they are.
+
+    Raises:
+        ValueError: neither is given, or `uniforms` have another shape.
+    """
+    if uniforms is None:
+        if generator is None:
+            raise ValueError("give a generator to draw from, or the uniform numbers themselves")
+        uniforms = torch.rand(shape, generator=generator, device=generator.device)
+    if uniforms.shape != shape:
+        raise ValueError(f"uniforms must be {list(shape)}, got {list(uniforms.shape)}")
+    return uniforms if device is None else uniforms.to(device)
+
+
+class Draws(ABC):
     """Where a batch gets its uniform numbers from."""
 
+    @abstractmethod
     def uniform(self, stream: Stream, count: int) -> Tensor:
         """`count` numbers in [0, 1) for every image: float32 [B, C]."""
-        ...
 
+    @abstractmethod
     def shared(self, stream: Stream, count: int) -> Tensor:
         """The same numbers for every image of the batch: float32 [B, C], all rows equal."""
-        ...
+
+    def draw(self, stream: Stream, count: int, each: Literal["image", "batch"]) -> Tensor:
+        """Numbers of their own for every image, or the same ones for the batch: float32 [B, C]."""
+        return self.uniform(stream, count) if each == "image" else self.shared(stream, count)
 
 
 def _signed(word: int) -> int:
@@ -106,7 +137,7 @@ def hash_uniform(seed: int, epoch: int, sample_ids: Tensor, stream: Stream, coun
     return _shift_right(words, 40).to(torch.float32) * 2.0**-24
 
 
-class SampleDraws:
+class SampleDraws(Draws):
     """Draws of a batch from the hash: the same image gives the same numbers in any batch.
 
     :meth:`shared` takes the key of the first image of the batch, so that a batch draws alike on every resume.
@@ -123,7 +154,7 @@ class SampleDraws:
         return first.expand(len(self.sample_ids), count)
 
 
-class GeneratorDraws:
+class GeneratorDraws(Draws):
     """Draws of a batch from one explicit generator, for callers that do not know the index of an image."""
 
     def __init__(self, batch: int, generator: torch.Generator, device: torch.device) -> None:
@@ -136,5 +167,17 @@ class GeneratorDraws:
         return self._rand(1, count).expand(self.batch, count)
 
     def _rand(self, rows: int, count: int) -> Tensor:
-        drawn = torch.rand(rows, count, generator=self.generator, device=self.generator.device)
-        return drawn.to(self.device)
+        return uniform_numbers((rows, count), self.generator, device=self.device)
+
+
+def batch_draws(inputs: Tensor, seed: int, epoch: int, sample_ids: Tensor | None, generator: torch.Generator) -> Draws:
+    """The draws of a batch, on the device of `inputs` [B, ...]: of its samples, or without ids of the generator.
+
+    Raises:
+        ValueError: `sample_ids` are not [B].
+    """
+    if sample_ids is None:
+        return GeneratorDraws(len(inputs), generator, inputs.device)
+    if sample_ids.shape != (len(inputs),):
+        raise ValueError(f"sample_ids must be [{len(inputs)}], one for each input, got {list(sample_ids.shape)}")
+    return SampleDraws(seed, epoch, sample_ids.to(inputs.device))

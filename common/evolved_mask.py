@@ -5,13 +5,16 @@
       -> part probability [B,N]                     Eq. 6      --+
          2x2 grid probability [B,N]                 Eq. 17-18  --+-> blend(alpha) [B,N]            Eq. 4-5
       -> mask [B,N] bool, True = masked, the m most probable patches of every image                Eq. 2-3
-      -> MAE: ids_keep / ids_restore | BEiT: bool tokens | SimMIM: [B,H,W]                         common/masks.py
-
-    from common.evolved_mask import AttentionTap, EvolvedMask
+      -> MAE: ids_keep / ids_restore | BEiT: bool tokens | SimMIM: [B,H,W]                         masks.py
 
     make_mask = EvolvedMask(grid_size=(14, 14), num_masked=147, total_epochs=200)
     make_mask.set_epoch(epoch)
     mask = make_mask(images, attention_fn, sample_ids).mask
+
+Each equation is one function, and EvolvedMask calls these functions and no others. What is random in one is decided by
+`uniforms`, numbers in [0, 1) that the caller hands in, or is drawn from `generator`; the results lie where the tensors
+lie, whatever the generator's device. Eq. 7 is in attention.py, Eq. 10-16 in parts.py, the strategies of other papers
+in masks.py, every option in mask_config.py.
 
 B batch (images)   H, W patch grid   N = H*W patches   K parts   h heads   m masked patches   T epochs
 """
@@ -21,37 +24,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from common.attention import AttentionTap, attention_mode, choose_layers, graph_from_blocks, patch_graph
-from common.draws import Draws, GeneratorDraws, SampleDraws, Stream
-from common.mask_config import MaskConfig
-from common.masks import (
-    BLOCK_ATTEMPTS,
-    BLOCK_DRAWS,
-    MIN_BLOCK,
-    block_masks,
-    count_masked,
-    grid_classes,
-    official_block_draws,
-    official_block_masks,
-    unit_masks,
-)
-from common.parts import PartsFit, check_graph, fit_parts, partition_parts, start_draws
+from .attention import AttentionTap, attention_mode, choose_layers, patch_graph, stream_attention
+from .draws import Draws, Stream, batch_draws, uniform_numbers
+from .mask_config import MaskConfig
+from .masks import RULES, MaskShape, count_masked, decided_by_grid, grid_classes
+from .parts import PartsFit, PartsOptions, check_graph, fit_parts, partition_parts, start_draws
+from .states import differences
 
 __all__ = [
-    "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "alpha_at", "attention_mode", "blend",
-    "choose_layers", "count_masked", "fit_parts", "grid_probability", "num_parts_at", "part_probability",
-    "partition_parts", "patch_graph", "select_masked",
+    "AttentionFn", "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "PartsOptions", "alpha_at",
+    "attention_mode", "blend", "choose_layers", "count_masked", "fit_parts", "grid_probability", "num_parts_at",
+    "part_probability", "partition_parts", "patch_graph", "select_masked", "stream_attention",
 ]  # fmt: skip
 
 AttentionFn = Callable[[Tensor], "Tensor | Iterable[Tensor]"]
-
-FIXED_ALPHA = {"grid": 0.0, "part": 1.0, "random": 1.0, "block": 1.0, "random-units": 1.0, "block-official": 1.0}
-"""Weight of the second term of the blend, for strategies in which it does not grow."""
+"""Inputs of some images -> their attention: [b, h, 1+N, 1+N], or an iterable of such tensors, one a block."""
 
 
 # --- The schedule: how far the masks have evolved (Eq. 4, Sec. 4.1) ---------------------------------------------
@@ -69,20 +61,19 @@ def alpha_at(epoch: float, total_epochs: int, gamma: float = 2.0) -> float:
     return float((epoch / total_epochs) ** gamma)
 
 
-def num_parts_at(epoch: float, total_epochs: int, start: int = 40, end: int = 10) -> int:
-    """Number of parts K, linear from `start` to `end` over the run and rounded to the nearest (half up).
+def num_parts_at(
+    epoch: float, total_epochs: int, start: int = 40, end: int = 10, rounding: Literal["nearest", "down"] = "nearest"
+) -> int:
+    """Number of parts K, linear from `start` to `end` over the run and rounded to the nearest (half up), or down.
 
     Raises:
         ValueError: t outside 0..T, or an end below 1.
     """
-    return math.floor(_parts_line(epoch, total_epochs, start, end) + 0.5)
-
-
-def _parts_line(epoch: float, total_epochs: int, start: int, end: int) -> float:
     _check_epoch(epoch, total_epochs)
     if min(start, end) < 1:
         raise ValueError(f"the number of parts must be 1 or more, got {start} -> {end}")
-    return start + (end - start) * epoch / total_epochs
+    line = start + (end - start) * epoch / total_epochs
+    return math.floor(line + (0.5 if rounding == "nearest" else 0.0))
 
 
 def _check_epoch(epoch: float, total_epochs: int) -> None:
@@ -90,23 +81,42 @@ def _check_epoch(epoch: float, total_epochs: int) -> None:
         raise ValueError(f"epoch must be between 0 and total_epochs, got epoch {epoch} of {total_epochs}")
 
 
-# --- Two probabilities for every patch (Eq. 6, 17, 18) ----------------------------------------------------------
+# --- Attention -> graph -> parts: `patch_graph` (Eq. 7, attention.py), `partition_parts` (Eq. 10-16, parts.py) ----
 
 
-def grid_probability(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """One uniform number for each class of the 2x2 grid and image (Eq. 17-18): float32 [B, N]."""
-    drawn = torch.rand(batch, 4, generator=generator, device=generator.device)
-    return drawn[:, grid_classes(height, width, generator.device)]
+# --- Two probabilities for every patch (Eq. 6, 17, 18), and their blend (Eq. 5) ---------------------------------
 
 
-def part_probability(parts: Tensor, num_parts: int, generator: torch.Generator) -> Tensor:
+def part_probability(
+    parts: Tensor, num_parts: int, generator: torch.Generator | None = None, *, uniforms: Tensor | None = None
+) -> Tensor:
     """One uniform number for each part and image, given to all patches of the part (Eq. 6): float32 [B, N].
 
     Args:
         parts: int64 [B, N] in 0..num_parts-1.
+        uniforms: [B, K] instead of a generator.
     """
-    drawn = torch.rand(parts.shape[0], num_parts, generator=generator, device=generator.device)
-    return drawn.to(parts.device).gather(1, parts)
+    part_draw = uniform_numbers((len(parts), num_parts), generator, uniforms, parts.device)
+    return part_draw.gather(1, parts)
+
+
+def grid_probability(
+    batch: int,
+    height: int,
+    width: int,
+    generator: torch.Generator | None = None,
+    *,
+    uniforms: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """One uniform number for each class of the 2x2 grid and image (Eq. 17-18): float32 [B, N].
+
+    Args:
+        uniforms: [B, 4] instead of a generator.
+        device: of the result; default: that of the generator or of `uniforms`.
+    """
+    grid_draw = uniform_numbers((batch, 4), generator, uniforms, device)
+    return grid_draw[:, grid_classes(height, width, grid_draw.device)]
 
 
 def blend(p_grid: Tensor, p_part: Tensor, alpha: float) -> Tensor:
@@ -117,7 +127,9 @@ def blend(p_grid: Tensor, p_part: Tensor, alpha: float) -> Tensor:
 # --- The m most probable patches are masked (Eq. 2-3) -----------------------------------------------------------
 
 
-def select_masked(probability: Tensor, num_masked: int, generator: torch.Generator) -> Tensor:
+def select_masked(
+    probability: Tensor, num_masked: int, generator: torch.Generator | None = None, *, uniforms: Tensor | None = None
+) -> Tensor:
     """Masks the `num_masked` most probable patches of every image; ties are broken at random.
 
     Patches of one part have one probability. Where the cut runs through a part, the patches to mask are
@@ -125,25 +137,21 @@ def select_masked(probability: Tensor, num_masked: int, generator: torch.Generat
 
     Args:
         probability: [B, N], finite.
+        uniforms: [B, N] instead of a generator; of equal probabilities those with the smaller number go first.
 
     Returns:
         bool [B, N], exactly `num_masked` True in every row.
+
+    Raises:
+        ValueError: m outside 0..N.
     """
-    order = torch.rand(probability.shape, generator=generator, device=generator.device)
-    return _mask_highest(probability, num_masked, order.to(probability.device))
-
-
-def _mask_highest(probability: Tensor, num_masked: int, tie_order: Tensor | None) -> Tensor:
-    """As :func:`select_masked`, ties by ascending `tie_order` [B, N]; without it the first in raster order are kept."""
     batch, patches = probability.shape
     if not 0 <= num_masked <= patches:
         raise ValueError(f"num_masked must be between 0 and the {patches} patches, got {num_masked}")
-    if tie_order is None:
-        chosen = probability.argsort(dim=1, stable=True)[:, patches - num_masked :]
-    else:
-        shuffled = tie_order.argsort(dim=1, stable=True)
-        ranked = probability.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
-        chosen = shuffled.gather(1, ranked[:, :num_masked])
+    tie_order = uniform_numbers((batch, patches), generator, uniforms, probability.device)
+    shuffled = tie_order.argsort(dim=1, stable=True)
+    ranked = probability.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
+    chosen = shuffled.gather(1, ranked[:, :num_masked])
     mask = torch.zeros(batch, patches, dtype=torch.bool, device=probability.device)
     return mask.scatter(1, chosen, True)
 
@@ -177,7 +185,7 @@ class EvolvedMask:
         grid_size: (H, W), patches down and across.
         num_masked: m, masked patches of every image, inside 1..N-1; `count_masked(N, ratio)` gives it.
         total_epochs: T, length of the run.
-        config: the choices of common/mask_config.py; single ones can be given as keywords instead.
+        config: the choices of mask_config.py; single ones can be given as keywords instead.
         seed: of all draws.
         num_prefix_tokens: tokens before the patches in the attention maps.
 
@@ -203,15 +211,19 @@ class EvolvedMask:
         self.num_patches = self.height * self.width
         self.num_masked, self.total_epochs = num_masked, total_epochs
         self.seed, self.num_prefix_tokens = seed, num_prefix_tokens
-        if not 0 < num_masked < self.num_patches:
-            raise ValueError(
-                f"num_masked must be inside 1..{self.num_patches - 1} for {self.num_patches} patches, got {num_masked}"
-            )
-        if self.config.uses_attention and self.config.most_parts > self.num_patches:
-            raise ValueError(f"K = {self.config.most_parts} parts is above the N = {self.num_patches} patches of an image")
-        self._check_strategy()
+        self.shape = MaskShape(self.height, self.width, num_masked, self.config.mask_unit)
+        self.rule = RULES[self.config.mask]
+        self._check_shape()
         self.generator = torch.Generator().manual_seed(seed)
         self.set_epoch(0)
+
+    def _check_shape(self) -> None:
+        patches = self.num_patches
+        if not 0 < self.num_masked < patches:
+            raise ValueError(f"num_masked must be inside 1..{patches - 1} for {patches} patches, got {self.num_masked}")
+        if self.config.uses_attention and self.config.most_parts > patches:
+            raise ValueError(f"K = {self.config.most_parts} parts is above the N = {patches} patches of an image")
+        self.rule.check(self.shape)
 
     def set_epoch(self, epoch: int) -> None:
         """Moves the schedule to epoch t, 0 <= t <= T."""
@@ -223,7 +235,7 @@ class EvolvedMask:
     @property
     def alpha(self) -> float:
         """Weight of the second term of the blend at this epoch (Eq. 4, or fixed by the strategy)."""
-        fixed = FIXED_ALPHA.get(self.config.mask, self.config.alpha)
+        fixed = self.config.alpha if self.rule.alpha is None else self.rule.alpha
         if fixed is not None:
             return fixed
         schedule = self.config.schedule_epochs or self.total_epochs
@@ -233,8 +245,7 @@ class EvolvedMask:
     def num_parts(self) -> int:
         """Number of parts K at this epoch, before any jitter."""
         schedule = self.config.schedule_epochs or self.total_epochs
-        line = _parts_line(min(self.epoch, schedule), schedule, *self.config.parts_range)
-        return math.floor(line + (0.5 if self.config.parts_rounding == "nearest" else 0.0))
+        return num_parts_at(min(self.epoch, schedule), schedule, *self.config.parts_range, self.config.parts_rounding)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, attention_fn: AttentionFn | None = None, sample_ids: Tensor | None = None) -> MaskBatch:
@@ -243,141 +254,44 @@ class EvolvedMask:
         Args:
             inputs: any tensor with the batch first; only `inputs[rows]` is handed to `attention_fn`.
             attention_fn: gives the attention of those rows: [b, h, 1+N, 1+N], or an iterable of such tensors,
-                one a block, reduced as they come. Only the strategies "evolved" and "part" call it.
+                one a block, reduced as they come. Only strategies that use attention call it.
             sample_ids: int64 [B], index of each image in the data set. With it every draw of an image depends on
                 (seed, epoch, sample id) alone; without it draws come from this object's generator.
         """
-        batch, device = inputs.shape[0], inputs.device
-        draws = self._draws(batch, sample_ids, device)
-        alpha = self.alpha
-        p_grid = self._grid_draw(draws)  # [B, 4]
-        by_grid = p_grid[:, grid_classes(self.height, self.width, device)]  # [B, N]
-        tie_order = draws.uniform(Stream.TIES, self.num_patches) if self.config.ties == "random" else None
-        if not self.config.uses_attention:
-            second = self._static_probability(draws)
-            mask = second > 0  # what BEiT's own rule gives, as it is: it may fall short of num_masked
-            if self.config.exact_count:
-                mask = _mask_highest(blend(by_grid, second, alpha), self.num_masked, tie_order)
-            nobody = torch.full((batch, self.num_patches), -1, device=device)
-            return MaskBatch(mask, nobody, alpha, self.num_parts, torch.ones(batch, dtype=torch.bool, device=device))
+        batch, alpha, draws = len(inputs), self.alpha, batch_draws(inputs, self.seed, self.epoch, sample_ids, self.generator)
+        grid_draw = draws.draw(Stream.GRID, 4, self.config.grid_draw)
+        tie_order = draws.uniform(Stream.TIES, self.num_patches) if self.config.ties == "random" else self._raster_order(inputs)
+        p_grid = grid_probability(batch, self.height, self.width, uniforms=grid_draw)
+        if not self.rule.uses_attention:
+            static_draw = draws.uniform(self.rule.stream, self.rule.draws(self.shape))
+            p_static = self.rule.probability(self.shape, static_draw)
+            mask = p_static > 0  # what BEiT's own rule gives, as it is: it may fall short of num_masked
+            if self.rule.exact_count:
+                mask = select_masked(blend(p_grid, p_static, alpha), self.num_masked, uniforms=tie_order)
+            return MaskBatch(mask, torch.full_like(mask, -1, dtype=torch.int64), alpha, self.num_parts, mask.new_ones(batch))
         num_parts = self._jittered_parts(draws)
-        by_part = draws.uniform(Stream.PARTS, num_parts)  # [B, K]
-        start = self._start_draw(draws, num_parts)
-        skipped = self._decided_by_grid(p_grid, by_part, alpha)
-        parts = self._parts(inputs, attention_fn, start, num_parts, ~skipped)
-        second = by_part.gather(1, parts.clamp(min=0))
-        probability = blend(by_grid, second, alpha)
+        part_draw = draws.uniform(Stream.PARTS, num_parts)
+        start_count = start_draws(num_parts, self.num_patches, self.config.estimator, self.config.start)
+        start_draw = draws.draw(Stream.START, start_count, self.config.start_draw)
+        skipped = self.decided_by_grid(grid_draw, part_draw)
+        parts = self._parts(inputs, attention_fn, ~skipped, num_parts, start_draw)
+        p_part = part_probability(parts.clamp(min=0), num_parts, uniforms=part_draw)  # -1: the grid decides whatever it is
+        probability = blend(p_grid, p_part, alpha)
         if self.config.masked_end == "lowest":
             probability = -probability
-        mask = _mask_highest(probability, self.num_masked, tie_order)
-        return MaskBatch(mask, parts, alpha, num_parts, skipped)
+        return MaskBatch(select_masked(probability, self.num_masked, uniforms=tie_order), parts, alpha, num_parts, skipped)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to draw the same masks, as plain values and one tensor."""
-        return {
-            "epoch": self.epoch,
-            "seed": self.seed,
-            "grid_size": [self.height, self.width],
-            "num_masked": self.num_masked,
-            "total_epochs": self.total_epochs,
-            "config": asdict(self.config),
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from :meth:`state_dict`.
-
-        Raises:
-            ValueError: the state belongs to another configuration; names what differs.
-        """
-        mine = self.state_dict()
-        differs = [
-            f"{key} {state[key]!r} -> {mine[key]!r}"
-            for key in ("seed", "grid_size", "num_masked", "total_epochs")
-            if state[key] != mine[key]
-        ]
-        differs += [
-            f"{key} {state['config'].get(key)!r} -> {value!r}"
-            for key, value in mine["config"].items()
-            if state["config"].get(key) != value
-        ]
-        if differs:
-            raise ValueError(f"the saved masks were made with other settings: {'; '.join(differs)}")
-        self.set_epoch(state["epoch"])
-        self.generator.set_state(state["generator"].cpu())
-
-    def _check_strategy(self) -> None:
-        """Raises ValueError where a strategy cannot make masks of this grid and count."""
-        unit = self.config.mask_unit
-        if self.config.mask == "official":
-            raise ValueError("mask 'official' stands for a method's own strategy: name it with config.with_official(...)")
-        if self.config.mask == "block-official" and self.num_masked < MIN_BLOCK:
-            raise ValueError(
-                f"mask 'block-official' needs {MIN_BLOCK} masked patches or more, its smallest block, got {self.num_masked}"
-            )
-        if self.config.mask != "random-units":
-            return
-        if self.height % unit or self.width % unit:
-            raise ValueError(f"mask_unit {unit} does not divide the patch grid {self.height}x{self.width}")
-        if self.num_masked % unit**2:
-            raise ValueError(
-                f"num_masked {self.num_masked} is not a multiple of the {unit**2} patches of a unit (mask_unit {unit})"
-            )
-
-    def _draws(self, batch: int, sample_ids: Tensor | None, device: torch.device) -> Draws:
-        if sample_ids is None:
-            return GeneratorDraws(batch, self.generator, device)
-        if sample_ids.shape != (batch,):
-            raise ValueError(f"sample_ids must be [{batch}], one for each input, got {list(sample_ids.shape)}")
-        return SampleDraws(self.seed, self.epoch, sample_ids.to(device))
-
-    def _grid_draw(self, draws: Draws) -> Tensor:
-        draw = draws.uniform if self.config.grid_draw == "image" else draws.shared
-        return draw(Stream.GRID, 4)
-
-    def _start_draw(self, draws: Draws, num_parts: int) -> Tensor:
-        draw = draws.uniform if self.config.start_draw == "image" else draws.shared
-        return draw(Stream.START, start_draws(num_parts, self.num_patches, self.config.estimator, self.config.start))
-
-    def _jittered_parts(self, draws: Draws) -> int:
-        if not self.config.parts_jitter:
-            return self.num_parts
-        extra = int(draws.shared(Stream.NUM_PARTS, 1)[0, 0] * (self.config.parts_jitter + 1))
-        return self.num_parts + extra
-
-    def _static_probability(self, draws: Draws) -> Tensor:
-        """Second term of the blend of the strategies that ask no model: [B, N]."""
-        if self.config.mask in ("block", "grid-to-block"):
-            drawn = draws.uniform(Stream.BLOCK, BLOCK_ATTEMPTS * BLOCK_DRAWS + self.num_patches)
-            return block_masks(self.height, self.width, self.num_masked, drawn).float()
-        if self.config.mask == "block-official":
-            drawn = draws.uniform(Stream.BLOCK, official_block_draws(self.num_masked))
-            return official_block_masks(self.height, self.width, self.num_masked, drawn).float()
-        if self.config.mask == "random-units":
-            drawn = draws.uniform(Stream.PATCHES, self.num_patches // self.config.mask_unit**2)
-            return unit_masks(self.height, self.width, self.num_masked, self.config.mask_unit, drawn).float()
-        return draws.uniform(Stream.PATCHES, self.num_patches)
-
-    def _decided_by_grid(self, p_grid: Tensor, by_part: Tensor, alpha: float) -> Tensor:
-        """Images whose mask is the same whatever their parts are: bool [B].
-
-        Classes of the grid are masked from the most probable down. If m is exactly the size of the first few
-        classes, and the gap to the next class, (1 - alpha) * gap, is larger than all that the parts can add,
-        alpha * (largest - smallest part draw), no part can move a patch across the cut. The margin covers the
-        rounding of the blend, so the masks are equal to the bit.
-        """
-        if alpha == 0 or not self.config.shortcut:
-            return torch.full((len(p_grid),), alpha == 0 and self.config.shortcut, device=p_grid.device)
-        sizes = torch.bincount(grid_classes(self.height, self.width), minlength=4).to(p_grid.device)
+    def decided_by_grid(self, grid_draw: Tensor, part_draw: Tensor) -> Tensor:
+        """Images that need no attention pass, by their draws [B, 4] and [B, K]: bool [B]. See masks.decided_by_grid."""
+        if not self.config.shortcut:
+            return torch.zeros(len(grid_draw), dtype=torch.bool, device=grid_draw.device)
+        class_sizes = torch.bincount(grid_classes(self.height, self.width), minlength=4).to(grid_draw.device)
         lowest_first = self.config.masked_end == "lowest"
-        ranked, order = p_grid.sort(dim=1, descending=not lowest_first)
-        filled = sizes[order].cumsum(dim=1)  # [B, 4] patches in the first classes
-        gap = (ranked[:, :-1] - ranked[:, 1:]).abs()
-        reach = by_part.amax(dim=1) - by_part.amin(dim=1)
-        wide = (1 - alpha) * gap > alpha * reach[:, None] + 1e-5
-        return ((filled[:, :-1] == self.num_masked) & wide).any(dim=1)
+        return decided_by_grid(grid_draw, part_draw, class_sizes, self.num_masked, self.alpha, lowest_first)
 
-    def _parts(self, inputs: Tensor, attention_fn: AttentionFn | None, start: Tensor, num_parts: int, wanted: Tensor) -> Tensor:
+    def _parts(
+        self, inputs: Tensor, attention_fn: AttentionFn | None, wanted: Tensor, num_parts: int, start_draw: Tensor
+    ) -> Tensor:
         """Parts of the wanted images, -1 for the others: int64 [B, N]."""
         parts = torch.full((len(inputs), self.num_patches), -1, device=inputs.device)
         rows = wanted.nonzero()[:, 0]
@@ -385,37 +299,47 @@ class EvolvedMask:
             return parts
         if attention_fn is None:
             raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
-        everything = len(rows) == len(inputs)
-        graph = self._graph(attention_fn(inputs if everything else inputs[rows]))
-        check_graph(graph, rows)
-        parts[rows] = partition_parts(
-            graph,
-            num_parts,
-            estimator=self.config.estimator,
-            covariance=self.config.covariance,
-            iterations=self.config.iterations,
-            hard_label=self.config.hard_label,
-            uniforms=start[rows],
-            start=self.config.start,
-            scaling=self.config.scaling,
-            covariance_floor=self.config.covariance_floor,
-            kappa=self.config.kappa,
-            reseed_empty=self.config.reseed_empty,
-            check_finite=False,
-        )
-        return parts
-
-    def _graph(self, attention: Tensor | Iterable[Tensor]) -> Tensor:
-        graph = graph_from_blocks(
-            attention,
-            num_prefix_tokens=self.num_prefix_tokens,
-            direction=self.config.direction,
-            heads=self.config.heads,
-            reduction=self.config.reduction,
-        )
+        attention = attention_fn(inputs if len(rows) == len(inputs) else inputs[rows])
+        config = self.config
+        graph = patch_graph(attention, self.num_prefix_tokens, config.direction, config.heads, config.reduction)
         if graph.shape[1] != self.num_patches:
             raise ValueError(
                 f"the attention has {graph.shape[1]} patch tokens, "
                 f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
             )
-        return graph
+        check_graph(graph, rows)  # names images by their place in the batch
+        parts[rows] = partition_parts(graph, num_parts, config.parts_options, uniforms=start_draw[rows], check_finite=False)
+        return parts
+
+    def _raster_order(self, inputs: Tensor) -> Tensor:
+        """Numbers [B, N] with which select_masked leaves the first of equal patches in raster order visible."""
+        descending = torch.arange(self.num_patches - 1, -1, -1, device=inputs.device) / self.num_patches
+        return descending.expand(len(inputs), -1)
+
+    def _jittered_parts(self, draws: Draws) -> int:
+        if not self.config.parts_jitter:
+            return self.num_parts
+        return self.num_parts + int(draws.shared(Stream.NUM_PARTS, 1)[0, 0] * (self.config.parts_jitter + 1))
+
+    def _settings(self) -> dict[str, Any]:
+        counts = {"num_masked": self.num_masked, "total_epochs": self.total_epochs}
+        return {"seed": self.seed, "grid_size": [self.height, self.width], **counts}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to draw the same masks, as plain values and one tensor."""
+        config, generator = asdict(self.config), self.generator.get_state()
+        return {"epoch": self.epoch, **self._settings(), "config": config, "generator": generator}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state belongs to another configuration; names what differs.
+        """
+        settings = self._settings()
+        saved = {name: state[name] for name in settings}
+        differing = differences(saved, settings) + differences(state["config"], asdict(self.config))
+        if differing:
+            raise ValueError(f"the saved masks were made with other settings: {'; '.join(differing)}")
+        self.set_epoch(state["epoch"])
+        self.generator.set_state(state["generator"].cpu())

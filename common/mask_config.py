@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from common.masks import count_masked, count_masked_units
-from common.parts import DEFAULT_FLOOR
+from .masks import RULES, count_masked, count_masked_units
+from .parts import DEFAULT_FLOOR, PartsOptions
 
 Strategy = Literal["evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official", "official"]
 
@@ -117,7 +117,7 @@ class MaskConfig:
         """
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
-        unknown = sorted(set(options) - {one.name for one in fields(cls)})
+        unknown = sorted(set(options) - {option.name for option in fields(cls)})
         if unknown:
             raise ValueError(f"unknown mask option {', '.join(unknown)}")
         return cls(**{**RECIPES[recipe], **options})
@@ -133,6 +133,11 @@ class MaskConfig:
         return max(self.parts_range) + self.parts_jitter
 
     @property
+    def parts_options(self) -> PartsOptions:
+        """The options of the graph cut among these."""
+        return PartsOptions(**{option.name: getattr(self, option.name) for option in fields(PartsOptions)})
+
+    @property
     def chosen_layers(self) -> Literal["all", "last"] | list[int]:
         """`layers` as AttentionTap takes it."""
         if self.layers == "all":
@@ -144,12 +149,12 @@ class MaskConfig:
     @property
     def uses_attention(self) -> bool:
         """Whether this strategy ever looks at the model."""
-        return self.mask in ("evolved", "part")
+        return RULES[self.mask].uses_attention
 
     @property
     def exact_count(self) -> bool:
         """Whether every image gets exactly `num_masked` masked patches."""
-        return self.mask != "block-official"
+        return RULES[self.mask].exact_count
 
     def with_official(self, strategy: Strategy) -> MaskConfig:
         """The same options with `strategy` in the place of "official", the name that each method fills in."""

@@ -1,4 +1,4 @@
-"""The mask contract, masks that need no model, and the form each model takes a mask in.
+"""The mask contract, masks that need no model and the table of strategies, and the form each model takes a mask in.
 
 A mask is bool [B, N], row-major over an (H, W) patch grid, True = masked, with exactly `num_masked` True in
 every row. Grids need not be square, nor even. One mask is outside the contract: BEiT's own block rule
@@ -10,11 +10,15 @@ B batch (images)   H, W patch grid   N = H*W patches   A attempts to place a rec
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from .draws import Stream
 
 BLOCK_ATTEMPTS = 48
 BLOCK_DRAWS = 4  # numbers an attempt takes: area, aspect ratio, top, left
@@ -179,6 +183,155 @@ def _rectangles(uniforms: Tensor, missing: Tensor, height: int, width: int, min_
     inside_rows = (row >= top[:, None]) & (row < (top + tall)[:, None])  # [B, H]
     inside_columns = (column >= left[:, None]) & (column < (left + wide)[:, None])  # [B, W]
     return inside_rows[:, :, None] & inside_columns[:, None, :] & fits[:, None, None]
+
+
+# --- The strategies of `--mask` ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskShape:
+    """What the masks of a run have in common: H, W, m, and u, the patches across a unit (SimMIM)."""
+
+    height: int
+    width: int
+    num_masked: int
+    unit: int = 1
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.height * self.width
+
+
+def _one_a_patch(shape: MaskShape) -> int:
+    return shape.num_patches
+
+
+def _as_drawn(shape: MaskShape, uniforms: Tensor) -> Tensor:
+    return uniforms
+
+
+def _any_shape(shape: MaskShape) -> None:
+    """Nothing to check."""
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How a strategy makes P_part of Eq. 5, the second term of the blend. A new strategy is an entry of :data:`RULES`.
+
+    Attributes:
+        alpha: weight of that term; None where it grows (Eq. 4).
+        uses_attention: made from the parts of the encoder's attention (Eq. 6) instead of `draws` and `probability`.
+        exact_count: every image gets exactly m; otherwise the mask is where the probability is above 0.
+        stream: what the draws are for.
+        draws: shape -> C, the uniform numbers that an image takes.
+        probability: shape, uniforms [B, C] -> [B, N].
+        check: raises ValueError where the strategy cannot make masks of this shape.
+    """
+
+    alpha: float | None = 1.0
+    uses_attention: bool = False
+    exact_count: bool = True
+    stream: Stream = Stream.PATCHES
+    draws: Callable[[MaskShape], int] = _one_a_patch
+    probability: Callable[[MaskShape, Tensor], Tensor] = _as_drawn
+    check: Callable[[MaskShape], None] = _any_shape
+
+
+def _block_draws(shape: MaskShape) -> int:
+    return BLOCK_ATTEMPTS * BLOCK_DRAWS + shape.num_patches
+
+
+def _block_probability(shape: MaskShape, uniforms: Tensor) -> Tensor:
+    """1 inside the blocks, 0 outside."""
+    return block_masks(shape.height, shape.width, shape.num_masked, uniforms).float()
+
+
+def _official_block_draws(shape: MaskShape) -> int:
+    return official_block_draws(shape.num_masked)
+
+
+def _official_block_probability(shape: MaskShape, uniforms: Tensor) -> Tensor:
+    return official_block_masks(shape.height, shape.width, shape.num_masked, uniforms).float()
+
+
+def _check_official_block(shape: MaskShape) -> None:
+    if shape.num_masked < MIN_BLOCK:
+        raise ValueError(
+            f"mask 'block-official' needs {MIN_BLOCK} masked patches or more, its smallest block, got {shape.num_masked}"
+        )
+
+
+def _unit_draws(shape: MaskShape) -> int:
+    return shape.num_patches // shape.unit**2
+
+
+def _unit_probability(shape: MaskShape, uniforms: Tensor) -> Tensor:
+    return unit_masks(shape.height, shape.width, shape.num_masked, shape.unit, uniforms).float()
+
+
+def _check_units(shape: MaskShape) -> None:
+    unit = shape.unit
+    if shape.height % unit or shape.width % unit:
+        raise ValueError(f"mask_unit {unit} does not divide the patch grid {shape.height}x{shape.width}")
+    if shape.num_masked % unit**2:
+        raise ValueError(f"num_masked {shape.num_masked} is not a multiple of the {unit**2} patches of a unit (mask_unit {unit})")
+
+
+def _refuse_official(shape: MaskShape) -> None:
+    raise ValueError("mask 'official' stands for a method's own strategy: name it with config.with_official(...)")
+
+
+_BLOCK = MaskRule(stream=Stream.BLOCK, draws=_block_draws, probability=_block_probability)
+_OFFICIAL_BLOCK = MaskRule(
+    stream=Stream.BLOCK,
+    draws=_official_block_draws,
+    probability=_official_block_probability,
+    check=_check_official_block,
+    exact_count=False,
+)
+
+RULES: dict[str, MaskRule] = {
+    "evolved": MaskRule(alpha=None, uses_attention=True),
+    "part": MaskRule(uses_attention=True),
+    "grid": MaskRule(alpha=0.0),
+    "random": MaskRule(),
+    "block": _BLOCK,
+    "grid-to-block": replace(_BLOCK, alpha=None),
+    "random-units": MaskRule(draws=_unit_draws, probability=_unit_probability, check=_check_units),
+    "block-official": _OFFICIAL_BLOCK,
+    "official": MaskRule(check=_refuse_official),
+}
+"""The rule of each word that `--mask` takes."""
+
+
+def decided_by_grid(
+    grid_draw: Tensor, part_draw: Tensor, class_sizes: Tensor, num_masked: int, alpha: float, lowest_first: bool = False
+) -> Tensor:
+    """Images whose evolved mask is the same whatever their parts are.
+
+    Classes of the grid are masked from the most probable down. If m is exactly the size of the first few classes,
+    and the gap to the next class, (1 - alpha) * gap, is larger than all that the parts can add, alpha * (largest -
+    smallest part draw), no part can move a patch across the cut. The margin covers the rounding of the blend, so the
+    masks are equal to the bit.
+
+    Args:
+        grid_draw: [B, 4], the number of each class of the 2x2 grid (Eq. 18).
+        part_draw: [B, K], the number of each part (Eq. 6).
+        class_sizes: int64 [4], patches of each class.
+        lowest_first: the lowest probabilities are masked.
+
+    Returns:
+        bool [B].
+    """
+    if alpha == 0:
+        return torch.ones(len(grid_draw), dtype=torch.bool, device=grid_draw.device)
+    ranked, order = grid_draw.sort(dim=1, descending=not lowest_first)
+    filled = class_sizes[order].cumsum(dim=1)  # [B, 4] patches in the first classes
+    gap = (ranked[:, :-1] - ranked[:, 1:]).abs()
+    reach = part_draw.amax(dim=1) - part_draw.amin(dim=1)
+    wide = (1 - alpha) * gap > alpha * reach[:, None] + 1e-5
+    return ((filled[:, :-1] == num_masked) & wide).any(dim=1)
 
 
 # --- mask -> the form a model takes it in -----------------------------------------------------------------------

@@ -10,14 +10,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from .draws import uniform_numbers
+
 Estimator = Literal["gaussian", "vmf"]
 Covariance = Literal["diagonal", "spherical", "full"]
 Start = Literal["kmeans++", "random"]
+Scaling = Literal["image", "none"]
+HardLabel = Literal["posterior", "per-patch"]
+
+_WORDS = {
+    "estimator": get_args(Estimator),
+    "covariance": get_args(Covariance),
+    "start": get_args(Start),
+    "scaling": get_args(Scaling),
+    "hard_label": get_args(HardLabel),
+}
 
 DEFAULT_FLOOR = 0.1
 """Smallest variance of a part, as a share of the image's mean variance. docs/method.md says how it was chosen."""
@@ -25,6 +37,50 @@ DEFAULT_FLOOR = 0.1
 _EMPTY = 1e-3  # a part that explains less than this many patches is empty
 _TINY = 1e-30
 _ROUNDING = 1e-6  # spread below this share of the largest entry is rounding noise: the rows are constant
+
+
+@dataclass(frozen=True)
+class PartsOptions:
+    """Options of the graph cut; checked when built. The defaults are the paper's reading (docs/method.md).
+
+    Attributes:
+        estimator: "gaussian" (Eq. 10-11) or "vmf", von Mises-Fisher with equal weights and a fixed concentration
+            (spherical EM, Banerjee et al. 2005, the paper's reference 1).
+        covariance: of the Gaussian. "full" needs memory for several [B, K, D, D].
+        covariance_floor: variances (for "full", a ridge) are not allowed below this, in units of the scaled rows.
+            Below about 1e-6 the rounding of float32 takes over.
+        kappa: concentration of vmf.
+        iterations: M-steps, 0 or more.
+        start: "kmeans++" seeds; "random" patches for the Gaussian, random directions for vmf.
+        scaling: "image" centres the rows of an image and divides by their spread (gaussian) or makes them unit
+            vectors (vmf), so that floors and kappa are relative; "none" takes them as they are (entries whose
+            squares overflow are then the caller's problem).
+        hard_label: "posterior" takes the part with the largest E_ik (Eq. 16). "per-patch" first divides each
+            part's posteriors by their sum over the patches, as the authors' released code does.
+        reseed_empty: move a part that lost all its patches to the patch explained worst.
+
+    Raises:
+        ValueError: an unknown word or a value outside its range, naming the option.
+    """
+
+    estimator: Estimator = "gaussian"
+    covariance: Covariance = "diagonal"
+    covariance_floor: float = DEFAULT_FLOOR
+    kappa: float = 40.0
+    iterations: int = 15
+    start: Start = "kmeans++"
+    scaling: Scaling = "image"
+    hard_label: HardLabel = "posterior"
+    reseed_empty: bool = True
+
+    def __post_init__(self) -> None:
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}, not {getattr(self, name)!r}")
+        if self.iterations < 0:
+            raise ValueError(f"iterations must be 0 or more, got {self.iterations}")
+        if self.covariance_floor <= 0 or self.kappa <= 0:
+            raise ValueError(f"covariance_floor and kappa must be above 0, got {self.covariance_floor} and {self.kappa}")
 
 
 @dataclass(frozen=True)
@@ -61,23 +117,20 @@ class PartsFit:
 def partition_parts(
     graph: Tensor,
     num_parts: int,
+    options: PartsOptions | None = None,
     *,
-    estimator: Estimator = "gaussian",
-    covariance: Covariance = "diagonal",
-    iterations: int = 15,
     generator: torch.Generator | None = None,
-    hard_label: Literal["posterior", "per-patch"] = "posterior",
-    **options: object,
+    uniforms: Tensor | None = None,
+    start_labels: Tensor | None = None,
+    check_finite: bool = True,
+    **choices: Any,
 ) -> Tensor:
     """Cuts each graph into `num_parts` parts.
 
     Args:
         graph: [B, N, D], a row for each patch; D = N for a patch graph. Finite.
         num_parts: K, 1 to N.
-        generator: randomness of the start; without it (and without `uniforms`) a generator seeded 0 is used.
-        hard_label: "posterior" takes the part with the largest E_ik (Eq. 16). "per-patch" first divides each
-            part's posteriors by their sum over the patches, as the authors' released code does.
-        options: the other arguments of :func:`fit_parts`.
+        options, choices, generator, uniforms, start_labels, check_finite: see :func:`fit_parts`.
 
     Returns:
         int64 [B, N] in 0..K-1.
@@ -85,18 +138,17 @@ def partition_parts(
     Raises:
         ValueError: see :func:`fit_parts`.
     """
-    if hard_label not in ("posterior", "per-patch"):
-        raise ValueError(f"hard_label must be 'posterior' or 'per-patch', not {hard_label!r}")
+    options = _chosen(options, choices)
     fit = fit_parts(
         graph,
         num_parts,
-        estimator=estimator,
-        covariance=covariance,
-        iterations=iterations,
+        options,
         generator=generator,
-        **options,  # type: ignore[arg-type]
+        uniforms=uniforms,
+        start_labels=start_labels,
+        check_finite=check_finite,
     )
-    if hard_label == "per-patch":
+    if options.hard_label == "per-patch":
         return (fit.posteriors / (fit.posteriors.sum(dim=1, keepdim=True) + 1e-6)).argmax(dim=2)
     return fit.labels
 
@@ -105,62 +157,42 @@ def partition_parts(
 def fit_parts(
     graph: Tensor,
     num_parts: int,
+    options: PartsOptions | None = None,
     *,
-    estimator: Estimator = "gaussian",
-    covariance: Covariance = "diagonal",
-    iterations: int = 15,
     generator: torch.Generator | None = None,
     uniforms: Tensor | None = None,
-    start: Start = "kmeans++",
     start_labels: Tensor | None = None,
-    scaling: Literal["image", "none"] = "image",
-    covariance_floor: float = DEFAULT_FLOOR,
-    kappa: float = 40.0,
-    reseed_empty: bool = True,
     check_finite: bool = True,
+    **choices: Any,
 ) -> PartsFit:
     """Fits the mixture of Eq. 10-15 by EM, and returns everything that was estimated.
 
     Args:
         graph: [B, N, D], finite. Computed in float32, or in float64 if it is float64.
         num_parts: K, 1 to N.
-        estimator: "gaussian" (Eq. 10-11) or "vmf", von Mises-Fisher with equal weights and a fixed concentration
-            (spherical EM, Banerjee et al. 2005, the paper's reference 1).
-        covariance: of the Gaussian. "full" needs memory for several [B, K, D, D].
-        iterations: M-steps, 0 or more.
+        options: of the mixture and of EM; single ones can be given as keywords instead (`choices`).
+        generator: randomness of the start; without it (and without `uniforms`) a generator seeded 0 is used.
         uniforms: numbers in [0, 1) that decide the start instead of `generator`: [B, start_draws(...)].
-        start: "kmeans++" seeds; "random" patches for the Gaussian, random directions for vmf.
         start_labels: int64 [B, N]; start from this partition instead.
-        scaling: "image" centres the rows of an image and divides by their spread (gaussian) or makes them unit
-            vectors (vmf), so that floors and kappa are relative; "none" takes them as they are (entries whose
-            squares overflow are then the caller's problem).
-        covariance_floor: variances (for "full", a ridge) are not allowed below this, in units of the scaled rows.
-            Below about 1e-6 the rounding of float32 takes over.
-        kappa: concentration of vmf.
-        reseed_empty: move a part that lost all its patches to the patch explained worst.
         check_finite: look for NaN and infinity (one reduction, and on a GPU one synchronisation).
 
     Raises:
-        ValueError: K outside 1..N, a wrong shape or word, or NaN or infinity in the graph, naming the image.
+        ValueError: K outside 1..N, a wrong shape or option, or NaN or infinity in the graph, naming the image.
+        TypeError: a keyword that is no option.
     """
-    _check_arguments(graph, num_parts, iterations, estimator, covariance, start, scaling, covariance_floor, kappa)
+    options = _chosen(options, choices)
+    _check_graph_shape(graph, num_parts)
     if check_finite:
         check_graph(graph)
     with torch.autocast(device_type=graph.device.type, enabled=False):
-        rows, center, scale = _standardise(graph, estimator, scaling)
-        density: _Density = _VonMisesFisher(rows, kappa) if estimator == "vmf" else _GAUSSIANS[covariance](rows, covariance_floor)
-        if estimator == "vmf" and start == "random" and start_labels is None:
-            drawn = _start_uniforms(rows, num_parts, estimator, start, uniforms, generator)
-            density.means = _random_directions(rows, num_parts, drawn)
+        rows, center, scale = _standardise(graph, options)
+        density = _density(rows, options)
+        if start_labels is not None:
+            _check_start(start_labels, rows, num_parts)
+            density.maximise(_one_hot(start_labels, num_parts, rows))
         else:
-            labels = start_labels
-            if labels is not None:
-                _check_start(labels, rows, num_parts)
-            else:
-                drawn = _start_uniforms(rows, num_parts, estimator, start, uniforms, generator)
-                labels = _nearest_seed(rows, num_parts, drawn, start)
-            density.maximise(torch.nn.functional.one_hot(labels, num_parts).to(rows.dtype))
-        return _expectation_maximisation(density, rows, center, scale, iterations, reseed_empty)
+            _start(density, rows, num_parts, options, _start_uniforms(rows, num_parts, options, generator, uniforms))
+        return _expectation_maximisation(density, rows, center, scale, options)
 
 
 def start_draws(num_parts: int, features: int, estimator: Estimator = "gaussian", start: Start = "kmeans++") -> int:
@@ -168,27 +200,31 @@ def start_draws(num_parts: int, features: int, estimator: Estimator = "gaussian"
     return 2 * num_parts * features if (estimator, start) == ("vmf", "random") else num_parts
 
 
+def _chosen(options: PartsOptions | None, choices: dict[str, Any]) -> PartsOptions:
+    if options is not None and choices:
+        raise ValueError(f"give either options or single ones, not both: {', '.join(choices)}")
+    return options or PartsOptions(**choices)
+
+
 # --- EM: E-step (Eq. 12), M-step (Eq. 13-15), hard label (Eq. 16) ----------------------------------------------
 
 
-def _expectation_maximisation(
-    density: _Density, rows: Tensor, center: Tensor, scale: Tensor, iterations: int, reseed_empty: bool
-) -> PartsFit:
+def _expectation_maximisation(density: _Density, rows: Tensor, center: Tensor, scale: Tensor, options: PartsOptions) -> PartsFit:
     batch = rows.shape[0]
     log_likelihood: list[Tensor] = []
     reseeded = [torch.zeros(batch, dtype=torch.bool, device=rows.device)]
-    for step in range(iterations + 1):
+    for step in range(options.iterations + 1):
         joint = density.log_joint()  # log(pi_k p_k(v_i)), [B, N, K]
         posteriors = joint.softmax(dim=2)  # Eq. 12
         evidence = joint.amax(dim=2) - posteriors.amax(dim=2).log()  # log-sum-exp of joint over the parts, [B, N]
         log_likelihood.append(evidence.sum(dim=1))
-        if step == iterations:
+        if step == options.iterations:
             break
         density.maximise(posteriors)
         empty = posteriors.sum(dim=1) < _EMPTY  # [B, K]
-        if reseed_empty and _some_may_be(empty):
+        if options.reseed_empty and _may_hold_one(empty):
             density.reseed(empty, _worst_explained(rows, evidence, empty))
-        reseeded.append(empty.any(dim=1) & reseed_empty)
+        reseeded.append(empty.any(dim=1) & options.reseed_empty)
     return PartsFit(
         labels=posteriors.argmax(dim=2),
         posteriors=posteriors,
@@ -203,7 +239,7 @@ def _expectation_maximisation(
     )
 
 
-def _some_may_be(empty: Tensor) -> bool:
+def _may_hold_one(empty: Tensor) -> bool:
     """False where surely no part is empty. Only the CPU looks: elsewhere a look would be a synchronisation."""
     return empty.device.type != "cpu" or bool(empty.any())
 
@@ -417,6 +453,12 @@ class _VonMisesFisher:
         self.means = torch.where(empty[..., None], _unit(rows), self.means)
 
 
+def _density(rows: Tensor, options: PartsOptions) -> _Density:
+    if options.estimator == "vmf":
+        return _VonMisesFisher(rows, options.kappa)
+    return _GAUSSIANS[options.covariance](rows, options.covariance_floor)
+
+
 _GAUSSIANS: dict[str, type[DiagonalGaussian] | type[SphericalGaussian] | type[FullGaussian]] = {
     "diagonal": DiagonalGaussian,
     "spherical": SphericalGaussian,
@@ -427,17 +469,27 @@ _GAUSSIANS: dict[str, type[DiagonalGaussian] | type[SphericalGaussian] | type[Fu
 # --- The start --------------------------------------------------------------------------------------------------
 
 
+def _start(density: _Density, rows: Tensor, num_parts: int, options: PartsOptions, uniforms: Tensor) -> None:
+    """Gives the mixture its first parameters: those of the partition by seeds, or random directions."""
+    if (options.estimator, options.start) == ("vmf", "random"):
+        density.means = _random_directions(rows, num_parts, uniforms)
+    else:
+        labels = _nearest_seed(rows, num_parts, uniforms, options.start)
+        density.maximise(_one_hot(labels, num_parts, rows))
+
+
+def _one_hot(labels: Tensor, num_parts: int, rows: Tensor) -> Tensor:
+    """Posteriors of a partition: [B, N, K]."""
+    return torch.nn.functional.one_hot(labels, num_parts).to(rows.dtype)
+
+
 def _start_uniforms(
-    rows: Tensor, num_parts: int, estimator: Estimator, start: Start, uniforms: Tensor | None, generator: torch.Generator | None
+    rows: Tensor, num_parts: int, options: PartsOptions, generator: torch.Generator | None, uniforms: Tensor | None
 ) -> Tensor:
     batch, _, features = rows.shape
-    count = start_draws(num_parts, features, estimator, start)
-    if uniforms is None:
-        generator = generator or torch.Generator().manual_seed(0)
-        uniforms = torch.rand(batch, count, generator=generator, device=generator.device)
-    if uniforms.shape != (batch, count):
-        raise ValueError(f"uniforms must be [{batch}, {count}] for this start, got {list(uniforms.shape)}")
-    return uniforms.to(device=rows.device, dtype=rows.dtype)
+    count = start_draws(num_parts, features, options.estimator, options.start)
+    generator = generator or torch.Generator().manual_seed(0)
+    return uniform_numbers((batch, count), generator, uniforms, rows.device).to(rows.dtype)
 
 
 def _nearest_seed(rows: Tensor, num_parts: int, uniforms: Tensor, start: Start) -> Tensor:
@@ -496,7 +548,7 @@ def _squared_distances(rows: Tensor) -> Tensor:
 # --- Units and checks -------------------------------------------------------------------------------------------
 
 
-def _standardise(graph: Tensor, estimator: Estimator, scaling: str) -> tuple[Tensor, Tensor, Tensor]:
+def _standardise(graph: Tensor, options: PartsOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in units of their image: rows, center [B, 1, D], scale [B, 1, 1], with graph = center + scale * rows.
 
     Division by the largest entry comes first, so that squares of huge or tiny entries stay finite. Unit
@@ -506,9 +558,9 @@ def _standardise(graph: Tensor, estimator: Estimator, scaling: str) -> tuple[Ten
         graph = graph.float()
     batch, _, features = graph.shape
     center, scale = graph.new_zeros(batch, 1, features), graph.new_ones(batch, 1, 1)
-    if scaling == "none":
+    if options.scaling == "none":
         return graph, center, scale
-    if estimator == "vmf":
+    if options.estimator == "vmf":
         return _unit(graph), center, scale
     largest = graph.abs().amax(dim=(1, 2), keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
@@ -529,33 +581,11 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=_TINY)
 
 
-def _check_arguments(
-    graph: Tensor,
-    num_parts: int,
-    iterations: int,
-    estimator: str,
-    covariance: str,
-    start: str,
-    scaling: str,
-    floor: float,
-    kappa: float,
-) -> None:
+def _check_graph_shape(graph: Tensor, num_parts: int) -> None:
     if graph.ndim != 3:
         raise ValueError(f"graph must be [batch, patches, features], got {list(graph.shape)}")
     if not 1 <= num_parts <= graph.shape[1]:
         raise ValueError(f"num_parts must be between 1 and the {graph.shape[1]} patches, got {num_parts}")
-    for name, value, known in (
-        ("estimator", estimator, ("gaussian", "vmf")),
-        ("covariance", covariance, tuple(_GAUSSIANS)),
-        ("start", start, ("kmeans++", "random")),
-        ("scaling", scaling, ("image", "none")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    if iterations < 0:
-        raise ValueError(f"iterations must be 0 or more, got {iterations}")
-    if floor <= 0 or kappa <= 0:
-        raise ValueError(f"covariance_floor and kappa must be above 0, got {floor} and {kappa}")
 
 
 def _check_start(labels: Tensor, rows: Tensor, num_parts: int) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,13 +43,39 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_nothing_of_the_mask_imports_what_it_must_not() -> None:
-    """The contribution can be lifted out: no argparse, no distributed code, no logging, no trainer."""
-    for name in ("draws", "parts", "attention", "masks", "mask_config", "evolved_mask"):
-        text = (ROOT / "common" / f"{name}.py").read_text()
-        imported = re.findall(r"^\s*(?:from|import) (\S+)", text, re.MULTILINE)
-        forbidden = ("argparse", "torch.distributed", "logging", "common.training", "mae_evolved")
-        assert not [module for module in imported if module.startswith(forbidden)], name
-        ours = {module for module in imported if module.startswith("common")}
-        if name in ("draws", "parts", "attention", "masks"):
-            assert not ours, name
+METHOD = {
+    "draws": set(),
+    "attention": set(),
+    "states": set(),
+    "moving_average": set(),
+    "parts": {".draws"},
+    "masks": {".draws"},
+    "mask_config": {".masks", ".parts"},
+    "evolved_mask": {".attention", ".draws", ".mask_config", ".masks", ".parts", ".states"},
+}
+"""The files of the method, and what each may import of the others. Flags of a command line are beside it, not in it."""
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it, relative ones with their dots."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    return plain | {"." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_nothing_of_the_mask_imports_what_it_must_not(name: str) -> None:
+    """The contribution can be lifted out: torch and the standard library, no argparse, distributed code, logging or trainer."""
+    imported = imports_of(ROOT / "common" / f"{name}.py")
+    assert {module for module in imported if module.startswith(".")} <= METHOD[name]
+    others = {module for module in imported if not module.startswith(".")}
+    assert not [module for module in others if module.startswith(("argparse", "torch.distributed", "logging"))]
+    assert {module.partition(".")[0] for module in others} <= sys.stdlib_module_names | {"torch"}
+
+
+def test_the_seam_imports_the_method_alone() -> None:
+    """What patched scripts call needs no trainer of ours."""
+    ours = {
+        module for module in imports_of(ROOT / "patches" / "seam.py") if module.startswith(("common", "mae_", "beit_", "simmim_"))
+    }
+    assert ours <= {f"common.{name}" for name in (*METHOD, "flags")}

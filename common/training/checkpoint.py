@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common import states
 from common.mask_config import MaskConfig
 from common.training.config import RunConfig, TrainConfig
 from common.training.errors import BadInput
@@ -118,10 +119,7 @@ def check_same_run(
 
 def differences(saved: dict[str, Any], mine: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
     """A line `--flag saved -> mine` for each value that differs, flags in `free` left out."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in mine.items()}
-    held = {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
-    keys = sorted((set(plain) | set(held)) - free)
-    return [f"--{key} {held.get(key)!r} -> {plain.get(key)!r}" for key in keys if held.get(key) != plain.get(key)]
+    return states.differences(saved, mine, free=free, prefix="--")
 
 
 def load_weights(model: nn.Module, path: Path, may_miss: tuple[str, ...] = ()) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.attention import AttentionTap, attention_mode, choose_layers, graph_from_blocks, patch_graph, stream_attention
+from common.attention import AttentionTap, attention_mode, choose_layers, patch_graph, stream_attention
 from common.models.timm_layers import Block
 
 WIDTH, HEADS, TOKENS = 12, 3, 7
@@ -131,7 +131,7 @@ def test_tap_leaves_no_hook(values):
     """After the block, and after an exception inside it, no hook remains, and later passes are not read."""
     blocks = make_blocks()
     with AttentionTap(blocks, values=values) as tap:
-        assert len(hooks_of(blocks)) == 3
+        assert len(hooks_of(blocks)) == 6  # what is read, and whether the attention ran
         run(blocks, make_tokens())
     assert hooks_of(blocks) == []
     run(blocks, make_tokens())
@@ -201,6 +201,124 @@ def test_tap_works_on_any_block_with_attn_drop():
     with AttentionTap([OtherBlock()]) as tap:
         tap.blocks[0](make_tokens(), bias=0.25)
     assert torch.equal(tap.maps[0], torch.full((2, 1, TOKENS, TOKENS), 1 / TOKENS) + 0.25)
+
+
+class FusedAttention(nn.Module):
+    """Attention in the manner of timm 1.x: fused, and then `attn_drop` is there but never run, or spelt out."""
+
+    def __init__(self, fused=True):
+        super().__init__()
+        self.num_heads, self.scale, self.fused_attn = 2, 6**-0.5, fused
+        self.qkv, self.attn_drop = nn.Linear(12, 36), nn.Dropout(0.0)
+
+    def forward(self, tokens):
+        batch, count, width = tokens.shape
+        query, key, value = self.qkv(tokens).reshape(batch, count, 3, 2, 6).permute(2, 0, 3, 1, 4)
+        if self.fused_attn:
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = self.attn_drop((query @ key.transpose(-2, -1) * self.scale).softmax(dim=-1)) @ value
+        return mixed.transpose(1, 2).reshape(batch, count, width)
+
+
+class FusedBlock(nn.Module):
+    def __init__(self, fused=True):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(12), FusedAttention(fused)
+
+    def forward(self, tokens):
+        return tokens + self.attn(self.norm1(tokens))
+
+
+def test_tap_names_the_block_whose_attention_is_fused():
+    """A fused block is an error on leaving the tap and where maps are asked for; the hooks are gone."""
+    blocks = nn.ModuleList([FusedBlock(False), FusedBlock(False), FusedBlock()])
+    with pytest.raises(RuntimeError, match=r"block 2 \(FusedBlock\).*attn_drop.*fused"), AttentionTap(blocks):
+        run(blocks, make_tokens())
+    assert hooks_of(blocks) == []
+    tap = AttentionTap(blocks, "last")
+    tap.__enter__()
+    run(blocks, make_tokens())
+    with pytest.raises(RuntimeError, match=r"block 2 \(FusedBlock\)"):
+        len(tap.maps)
+    tap.__exit__(ZeroDivisionError, None, None)
+    with AttentionTap(blocks, [0, 1]) as tap:
+        run(blocks, make_tokens())
+    assert len(tap.maps) == 2
+    blocks[2].attn.fused_attn = False
+    with AttentionTap(blocks) as tap:
+        run(blocks, make_tokens())
+    assert len(tap.maps) == 3
+
+
+def test_tap_reads_scores_of_a_fused_block():
+    """Scores come from `attn.qkv`, which a fused block runs; a block that goes round that module is named."""
+    blocks = nn.ModuleList([FusedBlock()])
+    with AttentionTap(blocks, values="scores") as tap:
+        run(blocks, make_tokens())
+    query, key, _ = blocks[0].attn.qkv(blocks[0].norm1(make_tokens())).reshape(2, TOKENS, 3, 2, 6).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(tap.maps[0], (query @ key.transpose(-2, -1) * 6**-0.5).detach())
+    around = OtherBlock()
+    around.attn.num_heads, around.attn.scale, around.attn.qkv = 1, 1.0, nn.Identity()
+    with pytest.raises(RuntimeError, match=r"block 0 \(OtherBlock\).*attn\.qkv"), AttentionTap([around], values="scores"):
+        around(make_tokens())
+
+
+def test_stream_names_the_block_whose_attention_is_fused():
+    """Its index is that in the encoder, whether it is the last chosen block or one before."""
+    blocks = [FusedBlock(False), FusedBlock()]
+    with pytest.raises(RuntimeError, match=r"block 1 \(FusedBlock\).*attn_drop"):
+        list(stream_attention(blocks, make_tokens()))
+    with pytest.raises(RuntimeError, match=r"block 0 \(FusedBlock\).*attn_drop"):
+        list(stream_attention(blocks[::-1], make_tokens()))
+
+
+def test_tap_without_a_forward_pass_says_so():
+    """No pass is another error than a fused one, when maps are asked for; and so is a block that alone did not run."""
+    blocks = make_blocks(2)
+    with AttentionTap(blocks) as tap:
+        pass
+    with pytest.raises(RuntimeError, match=r"none of the 2 chosen blocks ran"):
+        len(tap.maps)
+    with pytest.raises(RuntimeError, match=r"block 1 \(Block\) did not run"), AttentionTap(blocks):
+        blocks[0](make_tokens())
+
+
+def test_tap_keeps_the_error_of_the_pass():
+    """What goes wrong inside is not hidden by a complaint about maps."""
+    blocks = [FusedBlock(), OtherBlock()]
+
+    def fail():
+        with AttentionTap(blocks):
+            blocks[0](make_tokens())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
+def test_tap_reads_a_block_run_twice():
+    """A block that stands twice in an encoder gives one map a run; one run fused and the other not is an error."""
+    block = make_blocks(1)[0]
+    with AttentionTap([block, block]) as tap:
+        run([block, block], make_tokens())
+    assert len(tap.maps) == 2
+    expected = [
+        scores_by_hand(block, tokens).softmax(dim=-1).float() for tokens in (make_tokens(), block(make_tokens()).detach())
+    ]
+    for attention, by_hand in zip(tap.maps, expected, strict=True):
+        torch.testing.assert_close(attention, by_hand, rtol=1e-4, atol=1e-5)
+    assert len(list(stream_attention([block, block], make_tokens()))) == 2
+    changing = FusedBlock(False)
+
+    def turn_fused():
+        with AttentionTap([changing]):
+            changing(make_tokens())
+            changing.attn.fused_attn = True
+            changing(make_tokens())
+
+    with pytest.raises(RuntimeError, match=r"block 0 \(FusedBlock\)"):
+        turn_fused()
 
 
 # --- Block by block ---------------------------------------------------------------------------------------------
@@ -352,11 +470,11 @@ def reduced(maps, direction, heads, reduction):
 @pytest.mark.parametrize("direction", ["row", "column", "symmetric"])
 @pytest.mark.parametrize("heads", ["mean", "concat"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_graph_from_blocks(direction, heads, reduction):
+def test_patch_graph(direction, heads, reduction):
     """A running reduction of 4 blocks of 3 heads (seed 0, some negative) equals numpy over all maps at once."""
     maps = list(torch.randn(4, 2, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
     before = [one.clone() for one in maps]
-    graph = graph_from_blocks(iter(maps), direction=direction, heads=heads, reduction=reduction)
+    graph = patch_graph(iter(maps), direction=direction, heads=heads, reduction=reduction)
     torch.testing.assert_close(graph, reduced(maps, direction, heads, reduction), rtol=1e-5, atol=1e-6)
     assert graph.shape == ((2, 5, 5) if heads == "mean" else (2, 5, 15))
     assert all(torch.equal(*pair) for pair in zip(maps, before, strict=True))
@@ -366,23 +484,23 @@ def test_one_map_needs_no_list(random_attention):
     """A single tensor is one block, and gives the graph of Eq. 7."""
     attention = random_attention(1, 2, 7)
     for direction in ("row", "column", "symmetric"):
-        graph = graph_from_blocks(attention, direction=direction)
-        assert torch.equal(graph, graph_from_blocks([attention], direction=direction))
+        graph = patch_graph(attention, direction=direction)
+        assert torch.equal(graph, patch_graph([attention], direction=direction))
         assert torch.equal(graph, patch_graph(attention, 1, direction))
 
 
 def test_heads_side_by_side_by_hand():
     """`concat`: row i holds what patch i attends to in head 0, then in head 1."""
-    graph = graph_from_blocks(BY_HAND, heads="concat")
+    graph = patch_graph(BY_HAND, heads="concat")
     assert graph.tolist() == [[[0.5, 0.0, 1.5, 4.0], [1.0, 3.0, 0.0, 0.0]]]
-    turned = graph_from_blocks(BY_HAND, heads="concat", direction="column")
+    turned = patch_graph(BY_HAND, heads="concat", direction="column")
     assert turned.tolist() == [[[0.5, 1.0, 1.5, 0.0], [0.0, 3.0, 4.0, 0.0]]]
 
 
 def test_no_map_is_an_error():
     """An encoder that yields nothing is a ValueError."""
     with pytest.raises(ValueError, match="no attention map"):
-        graph_from_blocks(iter([]))
+        patch_graph(iter([]))
 
 
 @pytest.mark.parametrize("heads", ["mean", "concat"])
@@ -399,7 +517,7 @@ def test_maps_are_let_go_one_by_one(heads):
             yield attention
             del attention
 
-    graph_from_blocks(maps(), heads=heads)
+    patch_graph(maps(), heads=heads)
     assert most == 1
 
 
@@ -415,6 +533,6 @@ def test_streamed_maps_are_let_go_one_by_one():
     for block in blocks:
         block.attn.attn_drop.register_forward_pre_hook(watch)
     with torch.no_grad():
-        graph_from_blocks(stream_attention(blocks, make_tokens()))
+        patch_graph(stream_attention(blocks, make_tokens()))
     assert len(alive) == 4
     assert most == 1

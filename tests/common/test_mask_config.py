@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.attention import graph_from_blocks
+from common.attention import patch_graph
 from common.draws import Stream, hash_uniform
 from common.evolved_mask import EvolvedMask
 from common.mask_config import RECIPES, WORDS, MaskConfig
@@ -215,7 +215,7 @@ def cut_directly(maps, graph=None, num_parts=6, **cut):
     """The same parts from the functions themselves and the published draws."""
     start = start_draws(num_parts, PATCHES, cut.get("estimator", "gaussian"), cut.get("start", "kmeans++"))
     uniforms = hash_uniform(SEED, EPOCH, IDS, Stream.START, start)
-    return partition_parts(graph_from_blocks(maps, **(graph or {})), num_parts, uniforms=uniforms, **cut)
+    return partition_parts(patch_graph(maps, **(graph or {})), num_parts, uniforms=uniforms, **cut)
 
 
 VMF = {"estimator": "vmf"}
