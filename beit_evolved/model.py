@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.models.mask_token_encoder import MaskTokenEncoder, init_normal
+from common.models.initialisation import init_normal
+from common.models.mask_token_encoder import MaskTokenEncoder
 
 VOCABULARY = 8192
 """Codes of the DALL-E tokenizer, and of BEiT's own."""

@@ -258,11 +258,11 @@ def _refusal(error: Exception) -> str:
 def _tensors(module: InertModule, prefix: str = "") -> list[tuple[str, Tensor]]:
     """Parameters of an inert module and of all inside it, by dotted name."""
     content = vars(module)
-    found = [(prefix + name, value.detach()) for name, value in content.get("_parameters", {}).items() if value is not None]
+    tensors = [(prefix + name, value.detach()) for name, value in content.get("_parameters", {}).items() if value is not None]
     for name, inner in content.get("_modules", {}).items():
         if isinstance(inner, InertModule):
-            found += _tensors(inner, f"{prefix}{name}.")
-    return found
+            tensors += _tensors(inner, f"{prefix}{name}.")
+    return tensors
 
 
 # --- Either, from a path -----------------------------------------------------------------------------------------
@@ -292,11 +292,11 @@ def find_tokenizer(place: Path) -> Path:
     """The file of a tokenizer: `place` itself, or the one that the folder `place` holds."""
     if not place.is_dir():
         return place
-    held = [place / name for name in (OWN_FILE, DALLE_FILE) if (place / name).is_file()]
-    if len(held) != 1:
-        found = " and ".join(path.name for path in held) or f"neither {OWN_FILE} nor {DALLE_FILE}"
-        raise BadInput(f"--tokenizer {place}: the folder holds {found}; name one file")
-    return held[0]
+    files = [place / name for name in (OWN_FILE, DALLE_FILE) if (place / name).is_file()]
+    if len(files) != 1:
+        names = " and ".join(path.name for path in files) or f"neither {OWN_FILE} nor {DALLE_FILE}"
+        raise BadInput(f"--tokenizer {place}: the folder holds {names}; name one file")
+    return files[0]
 
 
 def fingerprint(place: str) -> str:

@@ -35,7 +35,7 @@ from downstream.classification.labelled import (
 from downstream.confusion import confusion_matrix
 from downstream.pictures import draw_confusion, draw_predictions
 from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
-from downstream.vit import MODELS, Encoder
+from downstream.vit import MODELS, BackboneViT
 from downstream.weights import find_encoder
 
 PROGRAM = "finetune"
@@ -92,7 +92,7 @@ class Classifier(nn.Module):
         norm: for "cls", the last norm of pre-training; for "mean" a new one is made.
     """
 
-    def __init__(self, encoder: Encoder, classes: int, pool: str, norm: nn.LayerNorm) -> None:
+    def __init__(self, encoder: BackboneViT, classes: int, pool: str, norm: nn.LayerNorm) -> None:
         super().__init__()
         self.encoder, self.pool = encoder, pool
         self.fc_norm = norm

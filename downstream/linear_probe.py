@@ -39,7 +39,7 @@ from downstream.training import (
     say_once,
     train_task,
 )
-from downstream.vit import MODELS, Encoder
+from downstream.vit import MODELS, BackboneViT
 
 PROGRAM = "linear_probe"
 NAME = "linear probing"
@@ -147,7 +147,7 @@ class Probes(nn.Module):
         norm: applied to the last block's tokens, or None.
     """
 
-    def __init__(self, encoder: Encoder, layers: tuple[int, ...], pool: str, norm: nn.LayerNorm | None, classes: int) -> None:
+    def __init__(self, encoder: BackboneViT, layers: tuple[int, ...], pool: str, norm: nn.LayerNorm | None, classes: int) -> None:
         super().__init__()
         self.encoder, self.layers, self.pool, self.norm = encoder, layers, pool, norm
         self.encoder.requires_grad_(False).eval()

@@ -27,7 +27,7 @@ from common.training.optim import EncoderEMA, lr_after
 from common.training.runlog import run_facts
 from common.training.stopwatch import Stopwatch
 from downstream.pictures import draw_curves
-from downstream.vit import METHODS, MODELS, Encoder, Method, build_encoder, layer_of
+from downstream.vit import METHODS, MODELS, BackboneViT, Method, build_encoder, layer_of
 from downstream.weights import find_encoder, load_encoder
 
 
@@ -357,14 +357,14 @@ def make_encoder(
     norm: nn.LayerNorm | None = None,
     weights: str | None = None,
     **more: Any,
-) -> Encoder:
+) -> BackboneViT:
     """The encoder that the flags name, with the weights of --init_from.
 
     Args:
         say: told in one line what was loaded.
         norm: takes the last norm of pre-training, if given.
         weights: checkpoint in the place of --init_from; empty: none.
-        more: see :class:`Encoder`.
+        more: see :class:`BackboneViT`.
     """
     method = choose_method(config)
     if config.layer_scale is not None:
@@ -412,7 +412,7 @@ def layerwise_groups(model: nn.Module, layer_decay: float, weight_decay: float) 
     Group of layer l of an encoder of L blocks has `lr_scale` = layer_decay^(L + 1 - l); the embeddings are layer 0,
     block i is layer i + 1, all that follows L + 1. Biases, norms and the encoder's `no_weight_decay` have no weight decay.
     """
-    encoder: Encoder = model.encoder  # type: ignore[assignment]
+    encoder: BackboneViT = model.encoder  # type: ignore[assignment]
     depth, groups = encoder.depth, dict[tuple[int, bool], dict[str, Any]]()
     for name, value in model.named_parameters():
         if not value.requires_grad:

@@ -1,4 +1,4 @@
-"""Loads a pre-trained or fine-tuned checkpoint, ours or the official one, into an :class:`Encoder`, strictly.
+"""Loads a pre-trained or fine-tuned checkpoint, ours or the official one, into a :class:`BackboneViT`, strictly.
 
 Every tensor of the encoder is found in the checkpoint, in its shape or after one of the changes below, and every
 tensor of the checkpoint is used or listed in LEFT_OUT; anything else is an error that names it.
@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.models.block import Attention
 from common.training.checkpoint import read_checkpoint
 from common.training.errors import BadInput
-from downstream.vit import Encoder, GridAttention, Method
+from downstream.vit import BackboneViT, Method
 
 TASKS = ("head.", "heads.", "fc_norm.", "norm.", "decoder.", "auxiliary.", "neck.", "rpn.", "roi_heads.")
 """What a fine-tuned model has besides its encoder."""
@@ -50,11 +51,11 @@ TITLES: dict[Method, str] = {"mae": "MAE", "beit": "BEiT", "simmim": "SimMIM"}
 
 
 @dataclass(frozen=True)
-class Found:
+class EncoderWeights:
     """What a checkpoint holds: tensors of the encoder by their names in it, tensors besides, and what it says of itself."""
 
     path: Path
-    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     others: dict[str, Tensor]
     methods: tuple[Method, ...]
     input_size: tuple[int, int] | None
@@ -62,15 +63,15 @@ class Found:
     @property
     def prefix(self) -> int:
         """Number of class tokens."""
-        return int("cls_token" in self.weights)
+        return int("cls_token" in self.tensors)
 
     def named(self, key: str) -> Tensor | None:
         """A tensor of the encoder; of norms and head also one that stands beside a nested encoder."""
-        return self.weights.get(key, self.others.get(key) if key.startswith(("norm.", "fc_norm.", "head.")) else None)
+        return self.tensors.get(key, self.others.get(key) if key.startswith(("norm.", "fc_norm.", "head.")) else None)
 
     @property
     def patch_size(self) -> int:
-        return self.weights["patch_embed.proj.weight"].shape[-1]
+        return self.tensors["patch_embed.proj.weight"].shape[-1]
 
     def sides(self, count: int, offsets: bool) -> tuple[int, int]:
         """(h, w) of a plane of `count` patches, or of (2h-1)(2w-1) offsets: as the checkpoint's flags say, else a square."""
@@ -86,7 +87,7 @@ class Found:
         return side, side
 
 
-def load_encoder(encoder: Encoder, path: Path, method: Method | None = None, norm: nn.LayerNorm | None = None) -> str:
+def load_encoder(encoder: BackboneViT, path: Path, method: Method | None = None, norm: nn.LayerNorm | None = None) -> str:
     """Loads the encoder of a checkpoint. Nothing is changed if it does not fit.
 
     Args:
@@ -101,39 +102,39 @@ def load_encoder(encoder: Encoder, path: Path, method: Method | None = None, nor
     Raises:
         BadInput: not readable, of another method or size, or with names missing or left over; one line that says which.
     """
-    found = find_encoder(read_checkpoint(path), path)
+    checkpoint = find_encoder(read_checkpoint(path), path)
     asked = method or encoder.method
-    if asked not in found.methods:
-        held = " or ".join(TITLES[one] for one in found.methods)
-        raise BadInput(f"checkpoint {path}: holds a {held} encoder, but the method asked for is {TITLES[asked]}")
-    _check_sizes(encoder, found, asked)
+    if asked not in checkpoint.methods:
+        titles = " or ".join(TITLES[name] for name in checkpoint.methods)
+        raise BadInput(f"checkpoint {path}: holds a {titles} encoder, but the method asked for is {TITLES[asked]}")
+    _check_sizes(encoder, checkpoint, asked)
     last = {} if norm is None else {f"norm.{name}": value for name, value in norm.state_dict().items()}
-    left_out = _check_names(encoder, found, asked, last)
-    fitted, notes = _fit(encoder, found)
+    left_out = _check_names(encoder, checkpoint, asked, last)
+    fitted, notes = _fit(encoder, checkpoint)
     encoder.load_state_dict(fitted)
     if norm is not None:
-        norm.load_state_dict({name.removeprefix("norm."): found.named(name) for name in last})
+        norm.load_state_dict({name.removeprefix("norm."): checkpoint.named(name) for name in last})
     parts = [f"loaded {path}: {TITLES[asked]} encoder, {len(fitted) + len(last)} tensors", *notes]
     return "; ".join([*parts, f"left out: {left_out}"] if left_out else parts)
 
 
-def find_encoder(state: dict[str, Any], path: Path) -> Found:
+def find_encoder(state: dict[str, Any], path: Path) -> EncoderWeights:
     """Unwraps a checkpoint and tells whose encoder it is.
 
     Raises:
         BadInput: no weights, or no ViT encoder among them.
     """
-    held: Any = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
-    if not held or not all(isinstance(value, Tensor) for value in held.values()):
+    unwrapped: Any = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
+    if not unwrapped or not all(isinstance(value, Tensor) for value in unwrapped.values()):
         raise BadInput(f"checkpoint {path}: holds no weights, neither under {', '.join(WRAPPERS)} nor at top level")
-    tensors = {key.removeprefix("module."): value for key, value in held.items()}
+    tensors = {key.removeprefix("module."): value for key, value in unwrapped.items()}
     inside = {key.removeprefix("encoder."): value for key, value in tensors.items() if key.startswith("encoder.")}
     others = {key: value for key, value in tensors.items() if not key.startswith("encoder.")} if inside else {}
     weights = inside or tensors
     if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
         raise BadInput(f"checkpoint {path}: holds no ViT encoder (no patch_embed.proj.weight with blocks.0.attn.qkv.weight)")
     flags = _flags(state)
-    return Found(path, weights, others, _methods(weights, others, flags), _input_size(flags))
+    return EncoderWeights(path, weights, others, _methods(weights, others, flags), _input_size(flags))
 
 
 def _flags(state: dict[str, Any]) -> dict[str, Any]:
@@ -163,87 +164,88 @@ def _input_size(flags: dict[str, Any]) -> tuple[int, int] | None:
     return int(words[0]), int(words[-1])
 
 
-def _check_sizes(encoder: Encoder, found: Found, method: Method) -> None:
+def _check_sizes(encoder: BackboneViT, checkpoint: EncoderWeights, method: Method) -> None:
     """Raises BadInput that says in words how the checkpoint's encoder differs from the model."""
-    width, _, patch, _ = found.weights["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in found.weights if key.startswith("blocks."))
-    tables = [value.shape[1] for key, value in found.weights.items() if key.endswith(TABLE) or key == SHARED_TABLE]
+    width, _, patch, _ = checkpoint.tensors["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(key.split(".")[1]) for key in checkpoint.tensors if key.startswith("blocks."))
+    tables = [value.shape[1] for key, value in checkpoint.tensors.items() if key.endswith(TABLE) or key == SHARED_TABLE]
     heads = tables[0] if tables else encoder.heads  # the names and shapes of MAE do not tell
-    held = {"wide": (width, encoder.width), "deep": (depth, encoder.depth)}
-    held |= {"heads": (heads, encoder.heads), "patch": (patch, encoder.patch_size)}
-    if all(theirs == ours for theirs, ours in held.values()):
+    pairs = {"wide": (width, encoder.width), "deep": (depth, encoder.depth)}
+    pairs |= {"heads": (heads, encoder.heads), "patch": (patch, encoder.patch_size)}
+    if all(theirs == ours for theirs, ours in pairs.values()):
         return
     theirs, ours = (
         f"{sizes['wide']} wide, {sizes['deep']} deep, "
         + (f"{sizes['heads']} heads, " if tables else "")
         + f"patch {sizes['patch']}"
-        for sizes in ({key: pair[side] for key, pair in held.items()} for side in (0, 1))
+        for sizes in ({key: pair[side] for key, pair in pairs.items()} for side in (0, 1))
     )
     name = f"the model {encoder.name}" if encoder.name else "the model"
-    raise BadInput(f"checkpoint {found.path}: holds a {TITLES[method]} encoder {theirs}; {name} is {ours}")
+    raise BadInput(f"checkpoint {checkpoint.path}: holds a {TITLES[method]} encoder {theirs}; {name} is {ours}")
 
 
-def _check_names(encoder: Encoder, found: Found, method: Method, last: dict[str, Tensor]) -> str:
+def _check_names(encoder: BackboneViT, checkpoint: EncoderWeights, method: Method, last: dict[str, Tensor]) -> str:
     """Accounts for every name on both sides, and says what is left out, by kind."""
     mine = encoder.state_dict() | last
-    shared = SHARED_TABLE in found.weights
+    shared = SHARED_TABLE in checkpoint.tensors
     wanted = {key for key in mine if not key.endswith(INDEX)}
     copied = {key for key in wanted if key.endswith(TABLE)} if shared else set()
-    missing = [key for key in mine if key in wanted - copied and found.named(key) is None]
+    missing = [key for key in mine if key in wanted - copied and checkpoint.named(key) is None]
     shapes = [
-        f"{key} {list(held.shape)} instead of {list(mine[key].shape)}"
+        f"{key} {list(tensor.shape)} instead of {list(mine[key].shape)}"
         for key in mine
-        if key in wanted and (held := found.named(key)) is not None
+        if key in wanted and (tensor := checkpoint.named(key)) is not None
         for first in [-1 if key.endswith((TABLE, "pos_embed")) else 0]  # of these, interpolated later, only the width counts
-        if held.shape[first:] != mine[key].shape[first:]
+        if tensor.shape[first:] != mine[key].shape[first:]
     ]
     used = wanted - copied | ({SHARED_TABLE} if shared else set())
-    rest = [key for key in found.weights if key not in used and not key.endswith(INDEX)]
-    rest += [key for key in found.others if key not in last]
+    rest = [key for key in checkpoint.tensors if key not in used and not key.endswith(INDEX)]
+    rest += [key for key in checkpoint.others if key not in last]
     allowed = LEFT_OUT[method] if encoder.cls_token is not None else (*LEFT_OUT[method], "cls_token")
     left_over = [key for key in rest if not key.startswith(allowed)]
     problems = {"missing": missing, "not of this model": left_over, "of another shape": shapes}
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
-        raise BadInput(f"checkpoint {found.path}: does not fit the {TITLES[method]} encoder ({listed})")
+        raise BadInput(f"checkpoint {checkpoint.path}: does not fit the {TITLES[method]} encoder ({listed})")
     return ", ".join(f"{kind} ({count})" for kind, count in Counter(key.split(".")[0] for key in rest).items())
 
 
-def _fit(encoder: Encoder, found: Found) -> tuple[dict[str, Tensor], list[str]]:
+def _fit(encoder: BackboneViT, checkpoint: EncoderWeights) -> tuple[dict[str, Tensor], list[str]]:
     """The encoder's new state dict, and a note for each kind of change."""
     fitted, notes = {}, dict[str, None]()
     for key, mine in encoder.state_dict().items():
         if key.endswith(INDEX):
             fitted[key] = mine
         elif key == "pos_embed":
-            fitted[key], note = _fit_positions(encoder, found)
+            fitted[key], note = _fit_positions(encoder, checkpoint)
             notes[note] = None
         elif key.endswith(TABLE):
-            table = found.weights[SHARED_TABLE if SHARED_TABLE in found.weights else key]
+            table = checkpoint.tensors[SHARED_TABLE if SHARED_TABLE in checkpoint.tensors else key]
             attention = encoder.get_submodule(key.removesuffix(TABLE))
-            assert isinstance(attention, GridAttention)
-            fitted[key], note = _fit_table(table, encoder, found, attention.reach)
+            assert isinstance(attention, Attention)
+            assert attention.table_grid is not None
+            fitted[key], note = _fit_table(table, encoder, checkpoint, attention.table_grid)
             notes[note] = None
         else:
-            fitted[key] = found.weights[key]
-    if SHARED_TABLE in found.weights:
+            fitted[key] = checkpoint.tensors[key]
+    if SHARED_TABLE in checkpoint.tensors:
         notes["shared position bias copied to each block"] = None
     return fitted, [note for note in notes if note]
 
 
-def _fit_positions(encoder: Encoder, found: Found) -> tuple[Tensor, str]:
+def _fit_positions(encoder: BackboneViT, checkpoint: EncoderWeights) -> tuple[Tensor, str]:
     """[1, P+h*w, D] of the checkpoint -> [1, P+H*W, D] of the model."""
-    held = found.weights["pos_embed"]
-    source = found.sides(held.shape[1] - found.prefix, offsets=False)
-    patches = resized(held[0, found.prefix :], source, encoder.grid_size)
-    made = torch.cat([held[0, : encoder.num_prefix_tokens], patches])[None]
+    positions = checkpoint.tensors["pos_embed"]
+    source = checkpoint.sides(positions.shape[1] - checkpoint.prefix, offsets=False)
+    patches = resized(positions[0, checkpoint.prefix :], source, encoder.grid_size)
+    made = torch.cat([positions[0, : encoder.num_prefix_tokens], patches])[None]
     return made, _note("positions", source, encoder.grid_size)
 
 
-def _fit_table(table: Tensor, encoder: Encoder, found: Found, reach: tuple[int, int]) -> tuple[Tensor, str]:
+def _fit_table(table: Tensor, encoder: BackboneViT, checkpoint: EncoderWeights, grid: tuple[int, int]) -> tuple[Tensor, str]:
     """[(2h-1)(2w-1) + 3P, heads] of the checkpoint -> [(2H-1)(2W-1) + 3P, heads] for a grid or window H x W."""
-    offsets = len(table) - 3 * found.prefix
-    source, target = found.sides(offsets, offsets=True), (2 * reach[0] - 1, 2 * reach[1] - 1)
+    offsets = len(table) - 3 * checkpoint.prefix
+    source, target = checkpoint.sides(offsets, offsets=True), (2 * grid[0] - 1, 2 * grid[1] - 1)
     made = torch.cat([resized(table[:offsets], source, target), table[offsets : offsets + 3 * encoder.num_prefix_tokens]])
     return made, _note("relative offsets", source, target)
 

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from common.attention import Layers, Values, stream_attention
 from common.masks import mae_ids
+from common.models.block import Attention, Block, LayerNorm
+from common.models.initialisation import reset_as_mae
 from common.models.names import patch_grid
-from common.models.names import patch_size_of as patch_size_of
-from common.models.timm_layers import Block, PatchEmbed
+from common.models.positions import sincos_positions
+from common.models.timm_layers import PatchEmbed
 
 ENCODER_FREE_PREFIXES = ("decoder_", "mask_token")
 """State-dict keys that an encoder-only checkpoint lacks begin with one of these."""
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -77,13 +77,7 @@ class MaskedAutoencoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform linear layers (the patch embedding counts as one), N(0, 0.02) tokens, fixed positions."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
-        for token in (self.cls_token, self.mask_token):
-            nn.init.normal_(token, std=0.02)
+        reset_as_mae(self, self.patch_embed, (self.cls_token, self.mask_token))
         for positions in (self.pos_embed, self.decoder_pos_embed):
             positions.data.copy_(sincos_positions(self.grid_size, positions.shape[2]))
 
@@ -161,28 +155,12 @@ class MaskedAutoencoder(nn.Module):
 
 
 def _blocks(depth: int, width: int, heads: int) -> nn.ModuleList:
-    return nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
+    return nn.ModuleList(Block(Attention(width, heads)) for _ in range(depth))
 
 
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:
     """tokens[b, ids[b, i]]: [B, I, D]."""
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
-
-
-def sincos_positions(grid_size: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions, zeros for the class token: float32 [1, 1 + H*W, width].
-
-    The first half of the width encodes the column, the second the row; each half is sines, then cosines, of the
-    coordinate times 10000^(-i / (width/4)).
-    """
-    if width % 4:
-        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {width}")
-    down, across = (torch.arange(size, dtype=torch.float64) for size in grid_size)
-    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    row, column = torch.meshgrid(down, across, indexing="ij")
-    angles = [coordinate.flatten()[:, None] * frequencies for coordinate in (column, row)]
-    patches = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches]).float()[None]
 
 
 # The sizes of the official code, and ViT-S of the paper's Table 4 (384 wide, 12 deep, 6 heads). The tiny models

@@ -8,18 +8,17 @@ B batch   H, W patch grid   N = H*W patches   T = 1 + N tokens   D width   h hea
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from common.attention import Layers, Values, stream_attention
+from common.models.block import Attention, Block, LayerNorm
+from common.models.initialisation import reset_as_beit
 from common.models.names import patch_grid
-from common.models.relative_position import BiasedBlock, LayerNorm, RelativePositionBias
-from common.models.timm_layers import PatchEmbed, trunc_normal_
-
-INIT_STD = 0.02
+from common.models.relative_position import RelativePositionBias
+from common.models.timm_layers import PatchEmbed
 
 
 class MaskTokenEncoder(nn.Module):
@@ -58,7 +57,7 @@ class MaskTokenEncoder(nn.Module):
         self.patch_embed = PatchEmbed(input_size, patch_size, 3, width)
         self.rel_pos_bias = RelativePositionBias(self.grid_size, heads)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(BiasedBlock(width, heads, layer_scale, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(Attention(width, heads, key_bias=False), layer_scale, rate) for rate in rates)
         self.norm = LayerNorm(width)
         self.reset_parameters()
 
@@ -85,22 +84,3 @@ class MaskTokenEncoder(nn.Module):
         bias = self.rel_pos_bias()
         for attention in stream_attention(self.blocks, self.embed(images), layers, values, position_bias=bias):
             yield attention if values == "softmax" else attention + bias
-
-
-def reset_as_beit(encoder: nn.Module, blocks: Iterable[nn.Module], tokens: Iterable[nn.Parameter]) -> None:
-    """Normal weights cut at one standard deviation; branches of block i scaled by 1/sqrt(2i) (BEiT, Sec. 2.5)."""
-    for module in encoder.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            init_normal(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for token in tokens:
-        init_normal(token)
-    for number, block in enumerate(blocks, start=1):
-        for name in ("attn.proj.weight", "mlp.fc2.weight"):
-            block.get_parameter(name).data.div_(math.sqrt(2 * number))
-
-
-def init_normal(weight: Tensor) -> None:
-    """Normal with standard deviation 0.02, cut at one standard deviation as in the official code of both methods."""
-    trunc_normal_(weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)

@@ -7,10 +7,10 @@ import re
 
 def patch_size_of(name: str) -> int:
     """Patch size in pixels that a model's name states (...patch16...), without building it."""
-    found = re.search(r"patch(\d+)", name)
-    if not found:
+    match = re.search(r"patch(\d+)", name)
+    if not match:
         raise ValueError(f"model name {name!r} states no patch size")
-    return int(found[1])
+    return int(match[1])
 
 
 def patch_grid(input_size: tuple[int, int], patch_size: int) -> tuple[int, int]:

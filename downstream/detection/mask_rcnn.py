@@ -29,7 +29,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
-from downstream.vit import Encoder
+from downstream.vit import BackboneViT
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 LEVELS = 5
@@ -93,7 +93,7 @@ class MaskRCNN(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, num_classes: int, channels: int = 256, anchor_scale: float = 8.0, box_samples: int = 512
+        self, encoder: BackboneViT, num_classes: int, channels: int = 256, anchor_scale: float = 8.0, box_samples: int = 512
     ) -> None:
         super().__init__()
         _check(encoder)
@@ -134,9 +134,9 @@ class MaskRCNN(nn.Module):
         """
         sizes = [(images.shape[2], images.shape[3])] * len(images)
         features = self.features(images)
-        proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
-        found, more = self.roi_heads(features, proposals, sizes, targets)
-        return {**losses, **more} if self.training else found
+        proposals, proposal_losses = self.rpn(ImageList(images, sizes), features, targets)
+        objects, head_losses = self.roi_heads(features, proposals, sizes, targets)
+        return {**proposal_losses, **head_losses} if self.training else objects
 
 
 def strides(patch_size: int) -> list[int]:
@@ -181,10 +181,10 @@ def _in_float32(head: nn.Module) -> nn.Module:
 def _to_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.float()
-    return type(output)(_to_float32(module, inputs, one) for one in output)
+    return type(output)(_to_float32(module, inputs, element) for element in output)
 
 
-def _check(encoder: Encoder) -> None:
+def _check(encoder: BackboneViT) -> None:
     if encoder.cls_token is not None:
         raise ValueError("the encoder must have no class token")
     patch, step = encoder.patch_size, COARSEST * encoder.patch_size

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from downstream.vit import Encoder
+from downstream.vit import BackboneViT
 
 NormKind = Literal["batch", "group"]
 
@@ -48,7 +48,7 @@ class UperNet(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: BackboneViT,
         classes: int,
         channels: int = 0,
         auxiliary_channels: int = 256,
@@ -74,8 +74,8 @@ class UperNet(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """[B, 3, height, width] -> tokens of the patches after each of `blocks`, as maps [B, D, H, W]."""
         encoder = self.encoder
-        kept = encoder(images, self.blocks)
-        return [tokens[:, encoder.num_prefix_tokens :].mT.unflatten(2, encoder.grid_size).contiguous() for tokens in kept]
+        outputs = encoder(images, self.blocks)
+        return [tokens[:, encoder.num_prefix_tokens :].mT.unflatten(2, encoder.grid_size).contiguous() for tokens in outputs]
 
 
 def feature_blocks(depth: int) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ class Neck(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Finest first."""
-        return [scale(one) for scale, one in zip(self.scales, maps, strict=True)]
+        return [scale(features) for scale, features in zip(self.scales, maps, strict=True)]
 
 
 class PyramidPooling(nn.Module):
@@ -135,8 +135,8 @@ class Decoder(nn.Module):
     def pathway(self, maps: list[Tensor]) -> list[Tensor]:
         """Each map plus the upsampled sum of the coarser ones (Lin et al., "Feature Pyramid Networks", CVPR 2017)."""
         summed = [self.pooling(maps[-1])]
-        for one, lateral in reversed(list(zip(maps[:-1], self.lateral, strict=True))):
-            summed.insert(0, lateral(one) + resized(summed[0], one.shape[-2:]))
+        for finer, lateral in reversed(list(zip(maps[:-1], self.lateral, strict=True))):
+            summed.insert(0, lateral(finer) + resized(summed[0], finer.shape[-2:]))
         return [*(smooth(level) for smooth, level in zip(self.smooth, summed[:-1], strict=True)), summed[-1]]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from common.training.distributed import Processes
-from downstream.vit import MODELS, Encoder
+from downstream.vit import MODELS, BackboneViT
 
 ONE = Processes(0, 1, 0, torch.device("cpu"))
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -37,7 +37,7 @@ def write_set(folder: Path, train: int = 4, val: int = 3, classes: tuple[str, ..
 
 def shrink_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """vit_tiny_patch4 becomes 24 wide and 3 deep."""
-    monkeypatch.setitem(MODELS, "vit_tiny_patch4", partial(Encoder, patch_size=4, width=24, depth=3, heads=2))
+    monkeypatch.setitem(MODELS, "vit_tiny_patch4", partial(BackboneViT, patch_size=4, width=24, depth=3, heads=2))
 
 
 def result(output: Path) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def test_layers_of_the_model(root: Path, tmp_path: Path) -> None:
     flags = f"--data_path {root} --output_dir {tmp_path} --model vit_tiny_patch8 --input_size 64 --pyramid_width 8"
     model = make_model(parse_flags(DetectConfig, "detect", "", flags.split()), 2, print)
     assert isinstance(model, MaskRCNN)
-    assert [block.attn.window for block in model.encoder.blocks] == [14, 14, 0] * 4  # type: ignore[union-attr]
+    assert [block.attn.windows.side if block.attn.windows else 0 for block in model.encoder.blocks] == [14, 14, 0] * 4  # type: ignore[union-attr]
     rates = {id(value): group["lr_scale"] for group in layerwise_groups(model, 0.7, 0.1) for value in group["params"]}
     named = dict(model.named_parameters())
     assert len(rates) == len(named)

@@ -26,7 +26,7 @@ from downstream import finetune
 from downstream.classification.labelled import middle, open_labelled
 from downstream.finetune import Classifier, FinetuneConfig, MixedLoss, count_correct
 from downstream.training import evaluation_batches
-from downstream.vit import METHODS, Encoder, Method
+from downstream.vit import METHODS, BackboneViT, Method
 from tests.conftest import ROOT, assert_same, free_ports, read_log, run_module
 from tests.downstream.labelled_folder import CLASSES, ONE, SMALL, assert_refused, result, saved, shake, shrink_models, write_set
 from tests.downstream.test_weights import pretrained
@@ -76,7 +76,7 @@ def assert_scores(numbers: dict[str, float], truth: np.ndarray, shares: np.ndarr
 
 
 def small_classifier(method: Method = "mae", pool: str = "mean", classes: int = 7) -> Classifier:
-    encoder = Encoder(method, (16, 16), patch_size=4, width=24, depth=3, heads=2)
+    encoder = BackboneViT(method, (16, 16), patch_size=4, width=24, depth=3, heads=2)
     return Classifier(encoder, classes, pool, nn.LayerNorm(24, eps=1e-6))
 
 
@@ -302,7 +302,7 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
     states = [saved(tmp_path / name)["model"] for name in ("one", "two")]
     assert max(float((states[0][key] - states[1][key]).abs().max()) for key in states[0]) < 1e-4
     config = FinetuneConfig(model="vit_tiny_patch8", input_size="16", num_workers=0, data_path=str(images))
-    model = Classifier(Encoder("mae", (16, 16), 8, 192, 12, 3), 7, "mean", nn.LayerNorm(192, eps=1e-6))
+    model = Classifier(BackboneViT("mae", (16, 16), 8, 192, 12, 3), 7, "mean", nn.LayerNorm(192, eps=1e-6))
     model.load_state_dict(states[1])
     assert_scores(result(tmp_path / "two")["metrics"], *scored(model, images, config))
 

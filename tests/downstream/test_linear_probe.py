@@ -18,7 +18,7 @@ from common.training.errors import BadInput, run_cli
 from downstream import linear_probe
 from downstream.classification.labelled import middle, open_labelled
 from downstream.linear_probe import ProbeConfig, Probes, extract, knn_votes, probe_loss
-from downstream.vit import METHODS, Encoder, Method
+from downstream.vit import METHODS, BackboneViT, Method
 from tests.conftest import assert_same, free_ports, read_log, run_module
 from tests.downstream.labelled_folder import ONE, SMALL, assert_refused, result, saved, shake, shrink_models, write_set
 from tests.downstream.test_weights import pretrained
@@ -66,7 +66,7 @@ def config_for(images: Path, **values: Any) -> ProbeConfig:
 
 def small_probes(layers: tuple[int, ...], pool: str = "cls", norm: bool = True, method: Method = "mae") -> Probes:
     torch.manual_seed(0)
-    encoder = shake(Encoder(method, (16, 16), patch_size=4, width=24, depth=3, heads=2, drop_path=0.5))
+    encoder = shake(BackboneViT(method, (16, 16), patch_size=4, width=24, depth=3, heads=2, drop_path=0.5))
     return Probes(encoder, layers, pool, shake(nn.LayerNorm(24, eps=1e-6)) if norm else None, 7)
 
 
@@ -193,7 +193,7 @@ def test_numbers_of_a_run(probe: Callable[..., Path], images: Path, checkpoint: 
     output = probe("out", f"--init_from {checkpoint()} --layer all --knn 1,3 --pool mean --cache", epochs=3)
     held, numbers = saved(output), result(output)["metrics"]
     model = Probes(
-        Encoder("mae", (16, 16), patch_size=4, width=24, depth=3, heads=2), (0, 1, 2), "mean", nn.LayerNorm(24, 1e-6), 7
+        BackboneViT("mae", (16, 16), patch_size=4, width=24, depth=3, heads=2), (0, 1, 2), "mean", nn.LayerNorm(24, 1e-6), 7
     )
     model.load_state_dict(held["model"])
     config = config_for(images)

@@ -17,7 +17,7 @@ from downstream import finetune, linear_probe
 from downstream.classification.labelled import LabelledImages, middle, open_labelled
 from downstream.finetune import Classifier, FinetuneConfig, make_task
 from downstream.training import TaskConfig, evaluation_batches, layerwise_groups, train_task
-from downstream.vit import METHODS, Encoder, Method
+from downstream.vit import METHODS, BackboneViT, Method
 from tests.conftest import read_log
 from tests.downstream.labelled_folder import ONE, SMALL, assert_refused, result, saved, shrink_models, write_set
 
@@ -25,7 +25,7 @@ DECAY = 0.65
 
 
 def classifier(method: Method, **options: Any) -> Classifier:
-    encoder = Encoder(method, (16, 16), patch_size=4, width=24, depth=3, heads=2, **options)
+    encoder = BackboneViT(method, (16, 16), patch_size=4, width=24, depth=3, heads=2, **options)
     return Classifier(encoder, 5, "mean", nn.LayerNorm(24))
 
 

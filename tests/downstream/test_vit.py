@@ -1,4 +1,4 @@
-"""The downstream encoder against explicit loops, timm's ViT and transformers' BEiT."""
+"""The downstream encoder against timm's ViT and transformers' BEiT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.models.timm_layers import Block
-from downstream.vit import METHODS, MODELS, Encoder, GridAttention, Method, build_encoder, from_windows, layer_of, to_windows
+from downstream.vit import METHODS, MODELS, BackboneViT, Method, build_encoder, layer_of
 
 SIZES = {"patch_size": 4, "width": 24, "depth": 3, "heads": 2}
 WINDOWS: dict[str, Any] = {"class_token": False, "window": 3, "global_blocks": (1,)}
@@ -24,56 +24,9 @@ def shaken(encoder: nn.Module, seed: int = 0) -> Any:
     return encoder.eval()
 
 
-def made(method: Method, input_size: tuple[int, int] = (20, 28), **options: Any) -> Encoder:
+def made(method: Method, input_size: tuple[int, int] = (20, 28), **options: Any) -> BackboneViT:
     torch.manual_seed(0)
-    return shaken(Encoder(method, input_size, **{**SIZES, **options}))
-
-
-def attention_among(attention: GridAttention, tokens: Tensor, places: list[tuple[int, int]]) -> Tensor:
-    """Attention among the tokens [n, D] at grid places, head by head from its definition, without class token."""
-    width, heads = tokens.shape[1], attention.num_heads
-    bias = torch.cat([attention.q_bias, torch.zeros(width), attention.v_bias]) if attention.biased else attention.qkv.bias
-    query, key, value = (tokens @ attention.qkv.weight.T + bias).split(width, dim=1)
-    high, wide = attention.reach
-    mixed = []
-    for head in range(heads):
-        part = slice(head * width // heads, (head + 1) * width // heads)
-        scores = query[:, part] @ key[:, part].T / (width // heads) ** 0.5
-        if attention.biased:
-            for i, (row, column) in enumerate(places):
-                for j, (other_row, other_column) in enumerate(places):
-                    offset = (row - other_row + high - 1) * (2 * wide - 1) + column - other_column + wide - 1
-                    scores[i, j] += attention.relative_position_bias_table[offset, head]
-        mixed.append(scores.softmax(dim=1) @ value[:, part])
-    return attention.proj(torch.cat(mixed, dim=1))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("method", ["mae", "beit"])
-@pytest.mark.parametrize(("grid", "window"), [((5, 7), 3), ((6, 3), 3), ((4, 6), 5), ((3, 5), 0), ((2, 3), 4)])
-def test_attention_by_its_definition(method: Method, grid: tuple[int, int], window: int) -> None:
-    """Each token attends to the tokens of its own window that exist, and to no other; window 0 is the whole grid."""
-    torch.manual_seed(0)
-    attention = shaken(GridAttention(24, 2, grid, 0, window, biased=method != "mae"))
-    tokens = torch.randn(2, grid[0] * grid[1], 24)
-    expected = torch.full_like(tokens, float("nan"))
-    side = window or 99
-    for top in range(0, grid[0], side):
-        for left in range(0, grid[1], side):
-            rows, columns = range(top, min(top + side, grid[0])), range(left, min(left + side, grid[1]))
-            places = [(row, column) for row in rows for column in columns]
-            ids = [row * grid[1] + column for row, column in places]
-            for image in range(2):
-                expected[image, ids] = attention_among(attention, tokens[image, ids], places)
-    torch.testing.assert_close(attention(tokens), expected, atol=1e-5, rtol=0)
-
-
-def test_windows_come_back_whole() -> None:
-    tokens = torch.arange(2 * 5 * 7.0).reshape(2, 35, 1)
-    windows = to_windows(tokens, (5, 7), 3)
-    assert windows.shape == (2 * 2 * 3, 9, 1)
-    assert windows[2, :, 0].tolist() == [6, 0, 0, 13, 0, 0, 20, 0, 0]
-    assert torch.equal(from_windows(windows, (5, 7), 3), tokens)
+    return shaken(BackboneViT(method, input_size, **{**SIZES, **options}))
 
 
 @torch.no_grad()
@@ -85,7 +38,7 @@ def test_windowed_encoder_keeps_to_windows_but_in_global_blocks(method: Method) 
     changed = images.clone()
     changed[..., 0, 0] += 1
     pairs = zip(encoder(images, [0, 1]), encoder(changed, [0, 1]), strict=True)
-    first, second = (((one - other)[0].abs().amax(dim=1) > 1e-6).reshape(5, 7) for one, other in pairs)
+    first, second = (((before - after)[0].abs().amax(dim=1) > 1e-6).reshape(5, 7) for before, after in pairs)
     assert first[:3, :3].all()
     assert first.sum() == 9
     assert second.all()
@@ -110,8 +63,8 @@ def test_mae_equals_timm() -> None:
         block.register_forward_hook(lambda module, args, output: blocks.append(output))
     images = torch.randn(2, 3, 20, 28)
     theirs(images)
-    for one, other in zip(encoder(images, [0, 1, 2]), blocks, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+    for ours, expected in zip(encoder(images, [0, 1, 2]), blocks, strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
 
 
 RENAMED = {
@@ -148,8 +101,8 @@ def test_biased_encoder_equals_transformers(method: Method) -> None:
     assert set(differs.missing_keys) <= {"layernorm.weight", "layernorm.bias"}
     images = torch.randn(2, 3, 20, 20)  # square: theirs mixes up the sides of the table when it is not
     hidden = theirs(images, output_hidden_states=True).hidden_states
-    for one, other in zip(encoder(images, [0, 1, 2]), hidden[1:], strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+    for ours, expected in zip(encoder(images, [0, 1, 2]), hidden[1:], strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -180,8 +133,8 @@ def test_checkpointing_changes_no_gradient(options: dict[str, Any]) -> None:
         gradients.append([value.grad for value in encoder.parameters()])
         runs.append(len(calls))
     assert runs == [3, 6]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, recomputed, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -257,7 +210,7 @@ def test_named_models() -> None:
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Encoder(**{"method": "mae", "input_size": (20, 28), **SIZES, **options})
+        BackboneViT(**{"method": "mae", "input_size": (20, 28), **SIZES, **options})
 
 
 @pytest.mark.parametrize("layers", [[], [3], [-4]])

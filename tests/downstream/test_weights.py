@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from beit_evolved.model import BEiT
 from common.training.errors import BadInput
-from downstream.vit import METHODS, Encoder, Method
+from downstream.vit import METHODS, BackboneViT, Method
 from downstream.weights import LEFT_OUT, load_encoder, resized
 from mae_evolved.model import MaskedAutoencoder
 from simmim_evolved.model import SimMIM
@@ -36,9 +36,9 @@ def pretrained(method: Method, input_size: tuple[int, int] = (20, 28), **options
     return shaken(BEiT(vocabulary=32, **sizes) if method == "beit" else SimMIM(**sizes))
 
 
-def fresh(method: Method, input_size: tuple[int, int] = (20, 28), **options: Any) -> Encoder:
+def fresh(method: Method, input_size: tuple[int, int] = (20, 28), **options: Any) -> BackboneViT:
     torch.manual_seed(1)
-    return Encoder(method, input_size, **{**SIZES, **options}).eval()
+    return BackboneViT(method, input_size, **{**SIZES, **options}).eval()
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def tokens_of_blocks(blocks: nn.ModuleList, run: Callable[[], Any]) -> list[Tens
     return kept
 
 
-def assert_same_tokens(encoder: Encoder, images: Tensor, expected: list[Tensor]) -> None:
+def assert_same_tokens(encoder: BackboneViT, images: Tensor, expected: list[Tensor]) -> None:
     with torch.no_grad():
         found = encoder(images, range(encoder.depth))
     for one, other in zip(found, expected, strict=True):
@@ -226,7 +226,7 @@ def test_windows_and_no_class_token(method: Method, save: Callable[..., Path]) -
 class Task(nn.Module):
     """A task model as the tasks build it."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: BackboneViT) -> None:
         super().__init__()
         self.encoder, self.fc_norm, self.head = encoder, LayerNorm(24), nn.Linear(24, 5)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from common.attention import AttentionTap
 from common.evolved_mask import EvolvedMask, select_masked
 from common.masks import mae_ids, pixel_mask
-from mae_evolved.model import MODELS, MaskedAutoencoder, patch_size_of, sincos_positions
+from common.models.names import patch_size_of
+from mae_evolved.model import MODELS, MaskedAutoencoder
 
 SIZES = {  # width, depth, heads, patch, then the same of the decoder
     "mae_vit_tiny_patch4": (192, 12, 3, 4, 128, 4, 4),
@@ -203,17 +204,6 @@ def test_patches_are_row_major_with_colours_innermost(small: MaskedAutoencoder) 
     assert torch.equal(small.unpatchify(patches), images)
 
 
-def test_positions_by_formula() -> None:
-    """Column first, then row; sines, then cosines; frequencies 10000^(-i/(width/4)); zeros for the class token."""
-    positions = sincos_positions((3, 5), 16)[0]
-    assert positions.shape == (16, 16)
-    assert positions[0].abs().max() == 0
-    row, column = 2, 3
-    angles = [coordinate * 10000 ** (-i / 4) for coordinate in (column, row) for i in range(4)]
-    expected = [f(a) for half in (angles[:4], angles[4:]) for f in (math.sin, math.cos) for a in half]
-    assert positions[1 + row * 5 + column].tolist() == pytest.approx(expected, abs=1e-6)
-
-
 def test_attention_maps_are_those_of_a_whole_forward_pass(small: MaskedAutoencoder) -> None:
     """Streamed block by block, all or some: equal to taps on a full pass, rows sum to 1."""
     images = torch.randn(2, 3, 20, 28, generator=torch.Generator().manual_seed(6))
@@ -223,7 +213,7 @@ def test_attention_maps_are_those_of_a_whole_forward_pass(small: MaskedAutoencod
             tokens = block(tokens)
     streamed = list(small.attention_maps(images))
     assert len(streamed) == 3
-    assert all(torch.equal(one, other) for one, other in zip(streamed, tap.maps, strict=True))
+    assert all(torch.equal(ours, tapped) for ours, tapped in zip(streamed, tap.maps, strict=True))
     assert torch.allclose(streamed[0].sum(dim=-1), torch.ones(2, 4, 36))
     assert torch.equal(next(iter(small.attention_maps(images, "last"))), tap.maps[2])
     some = list(small.attention_maps(images, [0, -2]))

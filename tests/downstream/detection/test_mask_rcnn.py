@@ -13,7 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from downstream.detection.mask_rcnn import LEVELS, MaskRCNN, SimpleFeaturePyramid, paste, strides
-from downstream.vit import Encoder
+from downstream.vit import BackboneViT
 from tests.downstream.coco_folder import ellipse
 
 SIDE = 64
@@ -23,7 +23,7 @@ def detector(method: str = "mae", window: int = 3, **options: Any) -> MaskRCNN:
     """8 x 8 patches, which windows of 3 do not divide."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"patch_size": 8, "width": 32, "depth": 4, "heads": 2, **options}
-    encoder = Encoder(method, (SIDE, SIDE), class_token=False, window=window, global_blocks=(1, 3), **sizes)  # type: ignore[arg-type]
+    encoder = BackboneViT(method, (SIDE, SIDE), class_token=False, window=window, global_blocks=(1, 3), **sizes)  # type: ignore[arg-type]
     return MaskRCNN(encoder, num_classes=4, channels=16, anchor_scale=4.0, box_samples=32)
 
 
@@ -174,9 +174,9 @@ def test_pasting_undoes_what_makes_the_targets(radii: tuple[float, float]) -> No
 
 def test_refuses_what_has_no_strides() -> None:
     with pytest.raises(ValueError, match="class token"):
-        MaskRCNN(Encoder("mae", (64, 64), 8, 32, 2, 2), 2)
+        MaskRCNN(BackboneViT("mae", (64, 64), 8, 32, 2, 2), 2)
     with pytest.raises(ValueError, match="patch size 14: must be a power of two"):
-        MaskRCNN(Encoder("mae", (56, 56), 14, 32, 2, 2, class_token=False), 2)
+        MaskRCNN(BackboneViT("mae", (56, 56), 14, 32, 2, 2, class_token=False), 2)
     with pytest.raises(ValueError, match=r"input size \(64, 48\): both sides must be multiples of 32"):
-        MaskRCNN(Encoder("mae", (64, 48), 8, 32, 2, 2, class_token=False), 2)
+        MaskRCNN(BackboneViT("mae", (64, 48), 8, 32, 2, 2, class_token=False), 2)
     assert len(strides(8)) == LEVELS

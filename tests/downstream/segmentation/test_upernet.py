@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from downstream.segmentation.upernet import POOLS, NormKind, PyramidPooling, UperNet, feature_blocks, make_norm, resized
-from downstream.vit import METHODS, Encoder, Method
+from downstream.vit import METHODS, BackboneViT, Method
 
 
 def made(method: Method = "mae", norm: NormKind = "batch", **options: int) -> UperNet:
     torch.manual_seed(0)
-    encoder = Encoder(method, (24, 32), patch_size=4, width=24, depth=4, heads=2)
+    encoder = BackboneViT(method, (24, 32), patch_size=4, width=24, depth=4, heads=2)
     return UperNet(encoder, 5, norm=norm, **{"channels": 16, "auxiliary_channels": 8, **options})
 
 
@@ -133,4 +133,4 @@ def test_groups(channels: int, groups: int) -> None:
 
 def test_too_few_patches() -> None:
     with pytest.raises(ValueError, match="patch grid of 1x4"):
-        UperNet(Encoder("mae", (4, 16), patch_size=4, width=24, depth=4, heads=2), 5)
+        UperNet(BackboneViT("mae", (4, 16), patch_size=4, width=24, depth=4, heads=2), 5)
