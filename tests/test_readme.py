@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import common
+from common.evolved_mask import EvolvedMask
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -79,3 +82,34 @@ def test_the_seam_imports_the_method_alone() -> None:
         module for module in imports_of(ROOT / "patches" / "seam.py") if module.startswith(("common", "mae_", "beit_", "simmim_"))
     }
     assert ours <= {f"common.{name}" for name in (*METHOD, "flags")}
+
+
+def rows_of(document: str, heading: str) -> list[list[str]]:
+    """Cells of the tables under a heading, without their first two lines."""
+    text = re.split(rf"^## {heading}$", (ROOT / "docs" / document).read_text(), flags=re.MULTILINE)[1]
+    lines = [line for line in re.split(r"^## ", text, flags=re.MULTILINE)[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def test_every_function_of_the_equations_exists() -> None:
+    """docs/method.md's table: a function or class by that name is in one of the method's files, in the one named if one is."""
+    defined: dict[str, set[str]] = {}
+    for name in METHOD:
+        for node in ast.walk(ast.parse((ROOT / "common" / f"{name}.py").read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.setdefault(node.name, set()).add(f"common/{name}.py")
+    rows = rows_of("method.md", "Equations")
+    numbers = {int(number) for row in rows for number in row[0].split(",")}
+    assert numbers == set(range(1, 19))
+    for _, functions, *_ in rows:
+        for function in re.findall(r"`(\w+)`", functions):
+            assert function in defined, function
+        for file in re.findall(r"\((common/\w+\.py)\)", functions):
+            assert all(file in defined[function] for function in re.findall(r"`(\w+)`", functions)), file
+
+
+def test_the_stable_names_are_those_of_the_package() -> None:
+    """docs/api.md lists what the package exports, and the state as it is."""
+    assert {row[0].strip("`") for row in rows_of("api.md", "Stable names")} == set(common.__all__)
+    keys = {key for row in rows_of("api.md", "State") for key in re.findall(r"`(\w+)`", row[0])}
+    assert keys == set(EvolvedMask((2, 2), 1, 1, num_parts=2).state_dict())
