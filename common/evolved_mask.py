@@ -38,8 +38,8 @@ from .states import differences
 
 __all__ = [
     "AttentionFn", "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "PartsOptions", "alpha_at",
-    "attention_mode", "blend", "choose_layers", "count_masked", "fit_parts", "grid_probability", "num_parts_at",
-    "part_probability", "partition_parts", "patch_graph", "select_masked", "stream_attention",
+    "attention_mode", "blend", "check_for_encoder", "choose_layers", "count_masked", "fit_parts", "grid_probability",
+    "num_parts_at", "part_probability", "partition_parts", "patch_graph", "select_masked", "stream_attention",
 ]  # fmt: skip
 
 AttentionFn = Callable[[Tensor], "Tensor | Iterable[Tensor]"]
@@ -343,3 +343,25 @@ class EvolvedMask:
             raise ValueError(f"the saved masks were made with other settings: {'; '.join(differing)}")
         self.set_epoch(state["epoch"])
         self.generator.set_state(state["generator"].cpu())
+
+
+def check_for_encoder(
+    config: MaskConfig, *, depth: int, grid_size: tuple[int, int], num_masked: int, even_counts: bool = False
+) -> None:
+    """Everything about a mask that an encoder and the flags decide, before there are data or a device.
+
+    Args:
+        depth: blocks of the encoder.
+        grid_size: (H, W), patches down and across.
+        num_masked: m, masked patches of every image.
+        even_counts: whether the model needs the same number of masked patches in every image, as MAE does.
+
+    Raises:
+        ValueError: blocks that the encoder lacks, K above N, a count or grid that the strategy cannot mask, uneven counts
+            where even ones are needed; names the option.
+    """
+    if even_counts:
+        config.check_even_counts()
+    if config.uses_attention:
+        choose_layers(config.chosen_layers, depth)
+    EvolvedMask(grid_size, num_masked, total_epochs=1, config=config)

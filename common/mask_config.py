@@ -156,6 +156,15 @@ class MaskConfig:
         """Whether every image gets exactly `num_masked` masked patches."""
         return RULES[self.mask].exact_count
 
+    def check_even_counts(self) -> None:
+        """For models that take as many masked patches from every image, as MAE does.
+
+        Raises:
+            ValueError: the strategy may mask fewer in some images.
+        """
+        if not self.exact_count:
+            raise ValueError(f"mask {self.mask} may mask fewer patches in some images, which this model cannot take; use block")
+
     def with_official(self, strategy: Strategy) -> MaskConfig:
         """The same options with `strategy` in the place of "official", the name that each method fills in."""
         return replace(self, mask=strategy) if self.mask == "official" else self

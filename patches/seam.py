@@ -6,7 +6,7 @@ them:
     prepare(upstream)                            before anything is imported that no longer imports: shims.py
     add_small_model(module)                      ViT-S of the paper's Table 4 under an official name
     add_arguments(parser)                        --mask and the other flags of the method
-    check_arguments(args)                        bad values die before data, model or GPU are touched
+    check_arguments(upstream, args)              bad values die before data, model or GPU are touched
     attach(upstream, model, settings, optimizer) makes the masks of this run
     load_state(model, checkpoint)                resume
     set_epoch(model, epoch)                      moves the schedule
@@ -40,7 +40,7 @@ from torch.nn import functional
 
 from common.attention import Layers, Values, attention_mode, choose_layers, stream_attention
 from common.draws import Stream, hash_seed
-from common.evolved_mask import EvolvedMask
+from common.evolved_mask import EvolvedMask, check_for_encoder
 from common.flags import add_mask_flags, mask_config_from, mask_options
 from common.mask_config import MaskConfig
 from common.masks import count_masked, mae_ids
@@ -70,28 +70,21 @@ def prepare(upstream: str) -> None:
 
 
 def add_small_model(module: types.ModuleType) -> None:
-    """Adds ViT-S (384 wide, 12 deep, 6 heads) to the official module of pre-training models.
+    """Adds ViT-S (384 wide, 12 deep, 6 heads) to an official module of models, beside the ViT-B there.
 
-    MAE looks its models up in the module; BEiT asks timm's registry. SimMIM takes sizes from its YAML file, see
+    MAE looks its models up in the module; BEiT asks timm's registry. SimMIM takes sizes from its YAML files, see
     patches/configs.
     """
-    sizes = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4}
-    norm = functools.partial(nn.LayerNorm, eps=1e-6)
-    if hasattr(module, "MaskedAutoencoderViT"):
-        decoder = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
-        small = functools.partial(module.MaskedAutoencoderViT, **sizes, **decoder, norm_layer=norm)
-        vars(module).setdefault("mae_vit_small_patch16", small)
+    small = next(small for small in SMALL_MODELS if hasattr(module, small.beside))
+    if hasattr(module, small.name):
         return
 
-    def beit_small_patch16_224_8k_vocab(pretrained: bool = False, **options: Any) -> nn.Module:
-        model: nn.Module = module.VisionTransformerForMaskedImageModeling(
-            **sizes, qkv_bias=True, norm_layer=norm, vocab_size=8192, **options
-        )
+    def build(pretrained: bool = False, **options: Any) -> nn.Module:
+        model: nn.Module = getattr(module, small.kind)(**SMALL, **small.options, **options)
         return model
 
-    if not hasattr(module, "beit_small_patch16_224_8k_vocab"):
-        beit_small_patch16_224_8k_vocab.__module__ = module.__name__  # timm files it under the official module
-        module.beit_small_patch16_224_8k_vocab = register_model(beit_small_patch16_224_8k_vocab)  # type: ignore[attr-defined]
+    build.__name__, build.__module__ = small.name, module.__name__  # timm files it by name, under the official module
+    setattr(module, small.name, register_model(build) if small.registered else build)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,14 +94,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.help = f"{action.help}; in this script {OFFICIAL} is the unpatched run, bit for bit"
 
 
-def check_arguments(args: argparse.Namespace, config: Any = None) -> None:
+def check_arguments(upstream: str, args: argparse.Namespace, config: Any = None) -> None:
     """Stops on an unusable value of a mask flag, with one line.
 
     Args:
+        upstream: "mae", "beit" or "simmim".
         config: SimMIM's configuration, which its training loop gets in place of the arguments; the mask's choices
             are written into it, and so into its config.json and checkpoints.
     """
-    mask_config(vars(args))
+    chosen = mask_config(vars(args))
+    if upstream in EVEN_COUNTS:
+        _checked_flags(chosen.check_even_counts)
     if config is not None and not _wants_official(vars(args)):
         config.defrost()
         config.EVOLVED_MASK = type(config)(mask_options(vars(args)))
@@ -132,9 +128,10 @@ def attach(upstream: str, model: nn.Module, settings: Any, optimizer: torch.opti
     for name in ("patch_embed", "cls_token", "blocks"):
         if not hasattr(encoder, name):
             _refuse(f"evolved masks need a ViT encoder, and {type(encoder).__name__} has no {name} (use --mask {OFFICIAL})")
+    grid_size, even_counts = _grid_size(encoder.patch_embed), upstream in EVEN_COUNTS
     try:
-        grid_size = _grid_size(encoder.patch_embed)
         num_masked = wanted.count(grid_size[0] * grid_size[1])
+        check_for_encoder(config, depth=len(encoder.blocks), grid_size=grid_size, num_masked=num_masked, even_counts=even_counts)
         mask = EvolvedMask(grid_size, num_masked, wanted.total_epochs, config, seed=wanted.seed)
     except ValueError as error:
         _refuse(str(error))
@@ -186,6 +183,53 @@ def saved_state(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint needs besides the official entries: {} under --mask official."""
     run = _run_of(model)
     return {} if run is None else {STATE_KEY: run.state_dict()}
+
+
+# --- ViT-S beside the official models ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """A ViT-S that an official module lacks.
+
+    Attributes:
+        name: under which scripts find it.
+        beside: the official ViT-B of the same kind, by which the module is known.
+        kind: the official class.
+        options: of that class, besides the sizes.
+        registered: with timm, instead of being looked up in the module.
+    """
+
+    name: str
+    beside: str
+    kind: str
+    options: dict[str, Any]
+    registered: bool = False
+
+
+SMALL: dict[str, Any] = {
+    "patch_size": 16,
+    "embed_dim": 384,
+    "depth": 12,
+    "num_heads": 6,
+    "mlp_ratio": 4,
+    "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+}
+DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+BIASED = {"qkv_bias": True}
+SMALL_MODELS = (
+    SmallModel("mae_vit_small_patch16", "mae_vit_base_patch16", "MaskedAutoencoderViT", DECODER),
+    SmallModel("vit_small_patch16", "vit_base_patch16", "VisionTransformer", BIASED),
+    SmallModel(
+        "beit_small_patch16_224_8k_vocab",
+        "beit_base_patch16_224_8k_vocab",
+        "VisionTransformerForMaskedImageModeling",
+        BIASED | {"vocab_size": 8192},
+        registered=True,
+    ),
+    SmallModel("beit_small_patch16_224", "beit_base_patch16_224", "VisionTransformer", BIASED, registered=True),
+)
+"""For pre-training and fine-tuning with MAE, then with BEiT."""
 
 
 # --- A run's masks -----------------------------------------------------------------------------------------------
@@ -324,6 +368,9 @@ def _read_simmim(config: Any) -> Wanted:
     return Wanted(options, config.TRAIN.EPOCHS, config.SEED, lambda patches: count_masked(patches, config.DATA.MASK_RATIO), lower)
 
 
+EVEN_COUNTS = frozenset({"mae"})
+"""Upstreams whose model needs the same number of masked patches in every image."""
+
 READERS: dict[str, Callable[[Any], Wanted]] = {"mae": _read_mae, "beit": _read_beit, "simmim": _read_simmim}
 
 
@@ -336,8 +383,13 @@ def mask_config(options: dict[str, Any]) -> MaskConfig:
     chosen = mask_options(options)
     if _wants_official(chosen):
         del chosen["mask"]
+    return _checked_flags(lambda: mask_config_from(chosen))
+
+
+def _checked_flags(call: Callable[[], Any]) -> Any:
+    """What `call` gives; its ValueError, which begins with the name of a flag, stops the script with one line."""
     try:
-        return mask_config_from(chosen)
+        return call()
     except ValueError as error:
         _refuse(f"--{error}")
 

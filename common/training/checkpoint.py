@@ -16,11 +16,7 @@ move both ways):
 
 from __future__ import annotations
 
-import argparse
 import os
-import pickle
-import zipfile
-from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from common import states
 from common.mask_config import MaskConfig
 from common.training.config import RunConfig, TrainConfig
 from common.training.errors import BadInput
+from common.training.safe_load import safe_load
 
 LAST = "checkpoint-last.pth"
 
@@ -56,16 +53,6 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
-class _YacsNode:
-    """Read in the place of `yacs.config.CfgNode`, the dict in which SimMIM's checkpoints hold their flags.
-
-    torch.load fills only dicts of kinds that it knows, so this one becomes an ordered dict; yacs is not needed.
-    """
-
-    def __new__(cls) -> OrderedDict[str, Any]:  # type: ignore[misc]
-        return OrderedDict()
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of ours or of the official code, on the CPU. No code in it is run.
 
@@ -73,14 +60,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         BadInput: not there, not readable, or not a checkpoint.
     """
     try:
-        # What official checkpoints hold their flags in: MAE and BEiT, then SimMIM.
-        with torch.serialization.safe_globals([argparse.Namespace, (_YacsNode, "yacs.config.CfgNode")]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = safe_load(path)
     except FileNotFoundError:
         raise BadInput(f"checkpoint {path}: no such file") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, LookupError) as error:
-        reason = next(iter(str(error).splitlines()), "empty or cut short")
-        raise BadInput(f"checkpoint {path}: {reason}") from None
+    except OSError as error:
+        raise BadInput(f"checkpoint {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise BadInput(f"checkpoint {path}: {error}") from None
     if not isinstance(state, dict):
         raise BadInput(f"checkpoint {path}: holds a {type(state).__name__}, not a dict with the key 'model'")
     return state

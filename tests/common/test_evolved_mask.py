@@ -17,6 +17,7 @@ from common.evolved_mask import (
     MaskConfig,
     alpha_at,
     blend,
+    check_for_encoder,
     grid_probability,
     num_parts_at,
     part_probability,
@@ -676,3 +677,38 @@ def test_ids_of_another_size(ids):
     """One id for each input, or none."""
     with pytest.raises(ValueError, match=r"sample_ids must be \[4\]"):
         EvolvedMask((4, 4), 12, 10, mask="grid")(torch.zeros(4), sample_ids=ids)
+
+
+# --- What an encoder and the flags decide, before there are data ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({"layers": "0,99"}, {}, r"layers \[99\] do not exist: the encoder has 12 blocks"),
+        ({"layers": "-13"}, {}, r"layers \[-13\] do not exist: the encoder has 12 blocks"),
+        ({"layers": "11"}, {"depth": 11}, r"layers \[11\] do not exist: the encoder has 11 blocks"),
+        ({"num_parts": 197}, {}, "K = 197 parts is above the N = 196 patches"),
+        ({"parts_start": 196, "parts_jitter": 1}, {}, "K = 197 parts is above the N = 196 patches"),
+        ({}, {"num_masked": 196}, r"num_masked must be inside 1\.\.195 for 196 patches, got 196"),
+        ({"mask": "random-units"}, {"num_masked": 118}, "num_masked 118 is not a multiple of the 4 patches of a unit"),
+        ({"mask": "random-units"}, {"grid_size": (13, 14)}, "mask_unit 2 does not divide the patch grid 13x14"),
+        ({"mask": "block-official"}, {"num_masked": 15}, "needs 16 masked patches or more"),
+        ({"mask": "block-official"}, {"even_counts": True}, "mask block-official may mask fewer patches in some images"),
+        ({"mask": "official"}, {}, "mask 'official' stands for a method's own strategy"),
+    ],
+)
+def test_what_an_encoder_cannot_mask_is_refused(options, changes, message):
+    """Without images, without a pass, and whether or not the first epochs would look at the attention."""
+    encoder = {"depth": 12, "grid_size": (14, 14), "num_masked": 120}
+    with pytest.raises(ValueError, match=message):
+        check_for_encoder(MaskConfig(**options), **{**encoder, **changes})
+
+
+@pytest.mark.parametrize(
+    ("options", "even_counts"),
+    [({"layers": "0,-12,11"}, True), ({"mask": "grid", "layers": "0,99"}, True), ({"mask": "block-official"}, False)],
+)
+def test_what_an_encoder_can_mask_is_not_refused(options, even_counts):
+    """Blocks are asked for by strategies that look at the attention only."""
+    check_for_encoder(MaskConfig(**options), depth=12, grid_size=(14, 14), num_masked=120, even_counts=even_counts)

@@ -22,7 +22,7 @@ from torch import nn
 from common import evolved_mask
 from patches import seam
 
-TINY = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2}
+TINY = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 4}
 
 
 def add_tiny(upstream: str) -> None:

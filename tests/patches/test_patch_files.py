@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from patches.apply import HERE, Patch, parse_patch, read_patch, read_upstream, r
 
 NAMES = ("mae", "beit", "simmim")
 MOST_LINES = 25
+ROOT, TABLE_4 = HERE.parent, "downstream/recipes/table4_finetune_small.toml"
 
 
 @pytest.fixture(params=NAMES)
@@ -96,13 +98,37 @@ def test_pins_are_whole(name: str) -> None:
 
 
 def test_small_model_of_simmim_is_that_of_the_paper() -> None:
-    (file,) = (HERE / "configs").glob("*.yaml")
+    (file,) = (HERE / "configs").glob("simmim_pretrain*.yaml")
     config = yaml.safe_load(file.read_text())
     assert config["MODEL"]["VIT"] == {"EMBED_DIM": 384, "DEPTH": 12, "NUM_HEADS": 6}
     assert config["TAG"] == file.stem
     train = config["TRAIN"]
     assert (train["EPOCHS"], train["LR_SCHEDULER"]["MULTISTEPS"]) == (200, [175])
     assert all(isinstance(train[key], float) for key in ("BASE_LR", "WARMUP_LR"))  # yaml reads 1e-4 as a string
+
+
+def test_fine_tuning_of_simmim_is_our_recipe() -> None:
+    """Rates for 512 images instead of 256; MAE's smallest rate is 1e-6 at 1024."""
+    (file,) = (HERE / "configs").glob("simmim_finetune*.yaml")
+    config, recipe = yaml.safe_load(file.read_text()), tomllib.loads((ROOT / TABLE_4).read_text())
+    vit, train, augmentation = config["MODEL"]["VIT"], config["TRAIN"], config["AUG"]
+    assert (vit["EMBED_DIM"], vit["DEPTH"], vit["NUM_HEADS"], vit["USE_MEAN_POOLING"]) == (384, 12, 6, recipe["pool"] == "mean")
+    assert config["TAG"] == file.stem
+    assert train["BASE_LR"] == 2 * recipe["blr"]
+    assert train["MIN_LR"] == 1e-6 * 512 / 1024
+    same = {
+        "epochs": train["EPOCHS"],
+        "warmup_epochs": train["WARMUP_EPOCHS"],
+        "weight_decay": train["WEIGHT_DECAY"],
+        "layer_decay": train["LAYER_DECAY"],
+        "drop_path": config["MODEL"]["DROP_PATH_RATE"],
+        "smoothing": config["MODEL"]["LABEL_SMOOTHING"],
+        "mixup": augmentation["MIXUP"],
+        "cutmix": augmentation["CUTMIX"],
+        "random_erasing": augmentation["REPROB"],
+        "auto_augment": augmentation["AUTO_AUGMENT"],
+    }
+    assert same.items() <= recipe.items()
 
 
 def test_flags_of_the_mask_are_all_there() -> None:

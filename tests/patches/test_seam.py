@@ -280,10 +280,31 @@ def stopped(capsys: pytest.CaptureFixture[str], call: Callable[[], None]) -> str
         ("--gamma -1", "--gamma must be above 0, got -1.0"),
         ("--layers what", "--layers must be"),
         ("--alpha 2", "--alpha must be"),
+        ("--mask block-official", "--mask block-official may mask fewer patches in some images, which this model cannot take"),
     ],
 )
 def test_bad_values_stop_before_anything_is_built(capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
-    assert message in stopped(capsys, lambda: check_arguments(arguments(flags)))
+    assert message in stopped(capsys, lambda: check_arguments("mae", arguments(flags)))
+
+
+def test_uneven_masks_are_refused_where_they_cannot_be_taken_only() -> None:
+    for upstream in ("beit", "simmim"):
+        check_arguments(upstream, arguments("--mask block-official"))
+    check_arguments("mae", arguments("--mask official"))
+
+
+@pytest.mark.parametrize("mask", ["evolved", "part"])
+@pytest.mark.parametrize("layers", ["0,99", "0,-3", "2"])
+def test_blocks_that_do_not_exist_are_refused_at_the_start(
+    mae: LikeMAE, capsys: pytest.CaptureFixture[str], mask: str, layers: str
+) -> None:
+    """Also where no image of the run would need its attention, as in the first epoch of evolved masks."""
+    wrong = layers.split(",")[-1]
+    line = stopped(capsys, lambda: attached(mae, f"--mask {mask} --layers={layers}"))
+    assert line.endswith(f"error: layers [{wrong}] do not exist: the encoder has 2 blocks")
+    assert mae not in seam.RUNS
+    attached(mae, f"--mask {mask} --layers=0,-1")
+    assert mae in seam.RUNS
 
 
 def test_what_only_the_model_shows_is_one_line_too(mae: LikeMAE, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,9 +334,9 @@ def test_simmim_keeps_the_choices_in_its_configuration() -> None:
             self.frozen = True
 
     config = Node(TRAIN=Node(EPOCHS=7), SEED=5, DATA=Node(MASK_RATIO=0.6), AMP_OPT_LEVEL="O1")
-    check_arguments(arguments("--mask official"), config)
+    check_arguments("simmim", arguments("--mask official"), config)
     assert seam.READERS["simmim"](config).options == {"mask": "official"}
-    check_arguments(arguments("--gamma 3"), config)
+    check_arguments("simmim", arguments("--gamma 3"), config)
     wanted = seam.READERS["simmim"](config)
     assert wanted.options == {"gamma": 3.0}
     assert (wanted.total_epochs, wanted.seed, wanted.count(196), wanted.autocast) == (7, 5, 117, torch.bfloat16)
@@ -323,26 +344,40 @@ def test_simmim_keeps_the_choices_in_its_configuration() -> None:
     assert seam.READERS["simmim"](config).autocast is None
 
 
-def test_small_models_get_their_official_names(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("beside", "kind", "name", "options"),
+    [
+        ("mae_vit_base_patch16", "MaskedAutoencoderViT", "mae_vit_small_patch16", {"decoder_embed_dim": 512}),
+        ("vit_base_patch16", "VisionTransformer", "vit_small_patch16", {"qkv_bias": True}),
+        (
+            "beit_base_patch16_224_8k_vocab",
+            "VisionTransformerForMaskedImageModeling",
+            "beit_small_patch16_224_8k_vocab",
+            {"qkv_bias": True, "vocab_size": 8192},
+        ),
+        ("beit_base_patch16_224", "VisionTransformer", "beit_small_patch16_224", {"qkv_bias": True}),
+    ],
+)
+def test_small_models_get_their_official_names(
+    monkeypatch: pytest.MonkeyPatch, beside: str, kind: str, name: str, options: dict[str, Any]
+) -> None:
+    """Found in the module, or by timm's name; a second call leaves the first model there."""
     built: list[dict[str, Any]] = []
-    theirs = types.ModuleType("models_of_theirs")
-    theirs.MaskedAutoencoderViT = lambda **sizes: built.append(sizes)
+    theirs = types.ModuleType(f"models_beside_{beside}")
+    vars(theirs).update({beside: None, kind: lambda **sizes: built.append(sizes)})
+    monkeypatch.setitem(sys.modules, theirs.__name__, theirs)
     seam.add_small_model(theirs)
-    first = theirs.mae_vit_small_patch16
+    first = getattr(theirs, name)
     seam.add_small_model(theirs)
-    assert theirs.mae_vit_small_patch16 is first
-    first(norm_pix_loss=True)
-    assert (built[0]["embed_dim"], built[0]["depth"], built[0]["num_heads"], built[0]["norm_pix_loss"]) == (384, 12, 6, True)
-
-    other = types.ModuleType("more_models_of_theirs")
-    other.VisionTransformerForMaskedImageModeling = lambda **sizes: built.append(sizes)
-    monkeypatch.setitem(sys.modules, other.__name__, other)
-    seam.add_small_model(other)
-    seam.add_small_model(other)
+    assert getattr(theirs, name) is first
     from timm.models import create_model
 
-    create_model("beit_small_patch16_224_8k_vocab", init_values=0.1)
-    assert (built[1]["embed_dim"], built[1]["depth"], built[1]["num_heads"], built[1]["init_values"]) == (384, 12, 6, 0.1)
+    given = {"drop_path_rate": 0.1}
+    create_model(name, **given) if name.startswith("beit") else first(**given)
+    assert len(built) == 1
+    sizes = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4}
+    assert built[0].items() >= {**sizes, **options, **given}.items()
+    assert built[0]["norm_layer"](8).eps == 1e-6
 
 
 # --- shims ---------------------------------------------------------------------------------------------------------

@@ -15,16 +15,24 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from beit_evolved.model import BEiT
 from common.masks import grid_classes
+from common.training.checkpoint import load_weights, read_checkpoint
+from downstream.vit import BackboneViT, build_encoder
+from downstream.weights import load_encoder
+from mae_evolved.model import MaskedAutoencoder
 from patches import apply, seam
 from patches.apply import HERE, read_patch, read_upstream
+from simmim_evolved.model import SimMIM
 from tests.conftest import assert_same, write_images
 
 ROOT = HERE.parent
@@ -151,6 +159,7 @@ def clone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     apply.main([name, str(patched)])
     for seed, label in enumerate(("bird", "cat")):
         write_images(work / "images" / "train" / label, 4, size=(96, 80), seed=seed)
+        write_images(work / "images" / "val" / label, 1, size=(96, 80), seed=seed + 2)
     script, flags, checkpoint = FLAGS[name]
     made = Clone(name, plain, patched, work, script, flags.format(images=work / "images", work=work), checkpoint)
     if name == "simmim":
@@ -256,21 +265,127 @@ def test_resume_with_other_masks_is_refused(clone: Clone) -> None:
     assert "error: the saved masks were made with other settings: gamma 2.0 -> 3.0" in done.stderr
 
 
+def run_script(clone: Clone, script: str, flags: str) -> subprocess.CompletedProcess[str]:
+    """No driver here: the command line as a user gives it, in the patched clone."""
+    return execute([sys.executable, "-W", "ignore", script, *flags.split()], clone.code(clone.patched))
+
+
+def pretrain_small(clone: Clone) -> Path:
+    """One epoch of ViT-S with evolved masks, once for a clone; its checkpoint."""
+    output = clone.output("small")
+    if not output.exists():
+        small = {"mae": "mae_vit_small_patch16", "beit": "beit_small_patch16_224_8k_vocab"}
+        flags = clone.flags.format(output=output).replace("--model tiny", f"--model {small.get(clone.name)}")
+        flags = re.sub(r"--epochs \d", "--epochs 1", flags)
+        if clone.name == "simmim":
+            (config,) = (HERE / "configs").glob("simmim_pretrain*vit_small*.yaml")
+            flags = flags.replace(f"{clone.work}/tiny.yaml", str(config)) + " --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
+        done = run_script(clone, clone.script, f"{flags} --mask part")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "evolved masks: part" in done.stdout
+    (saved,) = output.rglob("*.pth")
+    return saved
+
+
 def test_small_model_runs_by_its_official_name(clone: Clone) -> None:
-    """No driver here: the command line as a user gives it."""
-    small = {"mae": "mae_vit_small_patch16", "beit": "beit_small_patch16_224_8k_vocab"}
-    flags = clone.flags.format(output=clone.output("small")).replace("--model tiny", f"--model {small.get(clone.name)}")
-    flags = re.sub(r"--epochs \d", "--epochs 1", flags)
-    if clone.name == "simmim":
-        (config,) = (HERE / "configs").glob("*vit_small*.yaml")
-        flags = flags.replace(f"{clone.work}/tiny.yaml", str(config)) + " --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
-    done = execute([sys.executable, "-W", "ignore", clone.script, *flags.split(), "--mask", "part"], clone.code(clone.patched))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "evolved masks: part" in done.stdout
-    (saved,) = clone.output("small").rglob("*.pth")
-    weights = torch.load(saved, weights_only=False)["model"]
+    weights = torch.load(pretrain_small(clone), weights_only=False)["model"]
     (key,) = [key for key in weights if key.endswith("blocks.11.norm1.weight")]
     assert weights[key].shape == (384,)
+
+
+COMMON = "--batch_size 2 --epochs 1 --num_workers 1 --device cpu --data_path {images} --output_dir {output} --finetune {weights}"
+FINE_TUNING = {
+    "mae": (
+        ("main_finetune.py", f"--model vit_small_patch16 {COMMON} --warmup_epochs 0 --log_dir {{output}}", True),
+        ("main_linprobe.py", f"--model vit_small_patch16 {COMMON} --warmup_epochs 0 --log_dir {{output}}", False),
+    ),
+    "beit": (("run_class_finetuning.py", f"--model beit_small_patch16_224 {COMMON} --warmup_epochs 0 --nb_classes 1000", True),),
+    "simmim": (
+        (
+            "main_finetune.py",
+            "--cfg {configs}/simmim_finetune__vit_small__img224__100ep.yaml --batch-size 2 --data-path {images} "
+            "--amp-opt-level O0 --pretrained {weights} --output {output} "
+            "--opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.NUM_WORKERS 1",
+            True,
+        ),
+    ),
+}
+"""Script, flags, and whether its encoder is trained; a linear probe leaves it as it was."""
+
+
+def test_official_fine_tuning_starts_from_the_small_model(clone: Clone) -> None:
+    """Every script of a clone: one epoch of 4 steps from pre-trained weights, whose checkpoint is read here as well.
+
+    Its names are those of our encoder, and a block has weights of the pre-training: the same in a probe, near in fine-tuning.
+    """
+    start = pretrain_small(clone)
+    before = build_encoder("vit_small_patch16", clone.name)
+    load_encoder(before, start)
+    for script, flags, trains in FINE_TUNING[clone.name]:
+        output = clone.output(script)
+        flags = flags.format(images=clone.work / "images", output=output, weights=start, configs=HERE / "configs")
+        done = run_script(clone, script, flags)
+        assert done.returncode == 0, script + done.stdout[-1000:] + done.stderr[-3000:]
+        saved = max(output.rglob("*.pth"), key=lambda path: path.stat().st_mtime)
+        weights = read_checkpoint(saved)["model"]
+        tasks = {key for key in weights if not key.startswith(("head.", "fc_norm.", "norm."))}
+        assert tasks == set(before.state_dict())
+        after = build_encoder("vit_small_patch16", clone.name)
+        load_encoder(after, saved)
+        first, second = (encoder.blocks[11].attn.qkv.weight for encoder in (before, after))
+        assert torch.equal(first, second) != trains, script
+        assert float((first - second).abs().max()) < 0.1 * float(first.abs().max()), script
+
+
+def test_checkpoints_as_really_written_are_read(clone: Clone) -> None:
+    """Of unpatched and patched runs: for fine-tuning, and by --init_from of our own trainers, every tensor as it is there."""
+    for label, patched in (("plain", False), ("evolved", True)):
+        clone.run(label, patched=patched)
+        saved, plain = clone.saved(label, EPOCHS - 1), load(clone, label)
+        state = read_checkpoint(saved)
+        assert state.keys() == plain.keys()
+        assert (seam.STATE_KEY in state) == patched
+        assert_same(state["model"], plain["model"])
+        assert_same(state["optimizer"]["state"], plain["optimizer"]["state"])
+        groups, theirs = (one["optimizer"]["param_groups"] for one in (state, plain))
+        assert groups == theirs
+        assert not [value for group in groups for value in group.values() if isinstance(value, np.generic)]
+        tiny = {"patch_size": 16, "width": 48, "depth": 2, "heads": 3}
+        load_encoder(BackboneViT(clone.name, (224, 224), **tiny), saved)
+        model = OUR_MODELS[clone.name](input_size=(224, 224), **tiny)
+        assert load_weights(model, saved).endswith(f"all {len(model.state_dict())} tensors")
+        assert_same(dict(model.state_dict()), dict(plain["model"]))
+
+
+OUR_MODELS: dict[str, Any] = {
+    "mae": partial(MaskedAutoencoder, decoder_width=32, decoder_depth=1, decoder_heads=2),
+    "beit": BEiT,
+    "simmim": SimMIM,
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "before_data"),
+    [
+        ("--layers 0,99", "layers [99] do not exist: the encoder has 2 blocks", False),
+        ("--mask block-official", "--mask block-official may mask fewer patches in some images", True),
+    ],
+)
+def test_masks_that_the_model_cannot_take_die_before_the_first_epoch(
+    clone: Clone, flags: str, message: str, before_data: bool
+) -> None:
+    if clone.name != "mae" and before_data:
+        pytest.skip("takes uneven masks")
+    output = clone.output("impossible")
+    options = clone.flags.format(output=output)
+    if before_data:
+        options = options.replace(str(clone.work / "images"), "/nowhere")
+    command = [sys.executable, "-W", "ignore", str(DRIVER), clone.name, str(clone.work / "impossible.pt"), clone.script]
+    done = execute([*command, *options.split(), *flags.split()], clone.code(clone.patched))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"{clone.script}: error: {message}")
+    assert torch.load(clone.work / "impossible.pt")["losses"] == []
+    assert not list(output.rglob("*.pth"))
 
 
 def test_bad_value_dies_before_the_data_is_read(clone: Clone) -> None:
