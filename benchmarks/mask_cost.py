@@ -176,13 +176,13 @@ def fit_with_sklearn(work: Workload, start: str) -> None:
     rows = work.start.rows.cpu().numpy()
     with threadpool_limits(torch.get_num_threads()), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # tol = 0 never converges
-        for image, one in enumerate(rows):
-            options = _given_start(work, image) if start == "given" else {"init_params": start}
+        for image, image_rows in enumerate(rows):
+            options = _start_of(work, image) if start == "given" else {"init_params": start}
             fixed = {"covariance_type": "diag", "tol": 0.0, "reg_covar": DEFAULT_FLOOR, "random_state": 0}
-            GaussianMixture(work.num_parts, max_iter=work.iterations, **fixed, **options).fit_predict(one)
+            GaussianMixture(work.num_parts, max_iter=work.iterations, **fixed, **options).fit_predict(image_rows)
 
 
-def _given_start(work: Workload, image: int) -> dict[str, Any]:
+def _start_of(work: Workload, image: int) -> dict[str, Any]:
     """Our start of one image as scikit-learn's arguments."""
     assert work.start.covariances is not None
     return {
@@ -366,14 +366,14 @@ def report_costs(costs: dict[str, Cost], images: int) -> str:
     return "\n".join(lines)
 
 
-def report_ratios(found: Sequence[Ratio]) -> str:
+def report_ratios(compared: Sequence[Ratio]) -> str:
     """The ratios, each beside its target."""
-    width = max(len(one.name) for one in found)
+    width = max(len(ratio.name) for ratio in compared)
     lines = [f"{'ratio':<{width}}  {'medians':>8}  {'fastest runs':>12}"]
-    for one in found:
-        value, fastest = (f"{x:.1f}x" if one.name in SKLEARN_RATIOS else f"{x:.2%}" for x in (one.value, one.fastest))
-        verdict = f"   target {one.target}: {one.verdict}" if one.target else ""
-        lines.append(f"{one.name:<{width}}  {value:>8}  {fastest:>12}{verdict}")
+    for ratio in compared:
+        value, fastest = (f"{x:.1f}x" if ratio.name in SKLEARN_RATIOS else f"{x:.2%}" for x in (ratio.value, ratio.fastest))
+        verdict = f"   target {ratio.target}: {ratio.verdict}" if ratio.target else ""
+        lines.append(f"{ratio.name:<{width}}  {value:>8}  {fastest:>12}{verdict}")
     return "\n".join(lines)
 
 
@@ -438,12 +438,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     asked = {name: getattr(args, name) for name in ("model", "images", "parts", "iterations")}
     sizes = asked | {"patches": work.patches}
     spared = spared_share(work, args)
-    found = ratios(costs, spared, promised=sizes == PROMISED)
+    compared = ratios(costs, spared, promised=sizes == PROMISED)
     print(f"{sizes | {'amp': args.amp}}\n{machine(device)}\n")
     print(report_costs(costs, args.images))
     print(f"\nMemory: {memory_method(device)}.")
     print(f"Training step: {args.images} images in micro-batches of {args.batch_train}, one AdamW step.\n")
-    print(report_ratios(found))
+    print(report_ratios(compared))
     if SKLEARN_GIVEN not in costs:
         print("\nscikit-learn is not installed, so it was not compared: pip install scikit-learn")
     print(f"\nShares of a run: gamma {args.gamma:g}, {args.epochs} epochs, K = {args.parts} throughout (the schedule's K falls).")
@@ -452,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "machine": machine(device),
         "memory_is": memory_method(device),
         "stages": {name: asdict(cost) for name, cost in costs.items()},
-        "ratios": [asdict(one) for one in found],
+        "ratios": [asdict(ratio) for ratio in compared],
     }
     write_json(args.json, numbers)
     return numbers

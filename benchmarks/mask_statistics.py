@@ -196,14 +196,14 @@ def table(gallery: Gallery, gamma: float, epochs: int) -> list[Row]:
 def connected_parts(gallery: Gallery, num_parts: int) -> float:
     """Connected pieces of a part, on average: 1 if every part is one blob."""
     parts = gallery.masks(mask="part", num_parts=num_parts).parts.reshape(-1, *gallery.size)
-    there = [parts == part for part in range(num_parts)]
-    pieces = sum(ndimage.label(one.numpy(), structure=IN_PLANE)[1] for one in there)
-    return pieces / max(sum(one.flatten(1).any(dim=1).sum().item() for one in there), 1)
+    part_maps = [parts == part for part in range(num_parts)]
+    pieces = sum(ndimage.label(members.numpy(), structure=IN_PLANE)[1] for members in part_maps)
+    return pieces / max(sum(members.flatten(1).any(dim=1).sum().item() for members in part_maps), 1)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    names = [one.name for one in fields(MaskStatistics)]
+    names = [column.name for column in fields(MaskStatistics)]
     lines = ["| mask | K | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 2) + "|"]
     for row in rows:
         cells = [_cell(name, getattr(row.numbers, name)) for name in names]

@@ -68,13 +68,13 @@ class AttentionTap:
     def __init__(self, blocks: Iterable[nn.Module], layers: Layers = "all", values: Values = "softmax") -> None:
         if values not in ("softmax", "scores"):
             raise ValueError(f"values must be 'softmax' or 'scores', not {values!r}")
-        every = list(blocks)
+        encoder = list(blocks)
         self.values = values
         self.blocks: list[nn.Module] = []
         self._indices: list[int] = []  # of the chosen blocks in the encoder
-        for index in choose_layers(layers, len(every)):
-            if not any(every[index] is block for block in self.blocks):
-                self.blocks.append(every[index])
+        for index in choose_layers(layers, len(encoder)):
+            if not any(encoder[index] is block for block in self.blocks):
+                self.blocks.append(encoder[index])
                 self._indices.append(index)
         self._maps: list[Tensor] = []
         self._reads = [0] * len(self.blocks)  # maps that each block gave
@@ -190,13 +190,13 @@ def stream_attention(
     Raises:
         TypeError, RuntimeError: a block whose attention cannot be read, naming it; see :class:`AttentionTap`.
     """
-    every = list(blocks)
-    chosen = choose_layers(layers, len(every))
-    for index, block in enumerate(every[: chosen[-1] + 1]):
+    encoder = list(blocks)
+    chosen = choose_layers(layers, len(encoder))
+    for index, block in enumerate(encoder[: chosen[-1] + 1]):
         if index not in chosen:
             tokens = block(tokens, **block_inputs)
             continue
-        with AttentionTap(every, [index], values) as tap:
+        with AttentionTap(encoder, [index], values) as tap:
             if index == chosen[-1]:
                 block.attn(block.norm1(tokens), **block_inputs)  # type: ignore[operator]
             else:
@@ -231,8 +231,7 @@ def patch_graph(
 ) -> Tensor:
     """Patch graph from attention maps (Eq. 7): prefix tokens dropped, negative values cut to 0, heads and blocks averaged.
 
-    Blocks are reduced as they come. Only the running sum is held, so an encoder that yields its maps one block at a
-    time never has two of them in memory.
+    Only the running sum over blocks is held: an encoder that yields its maps one by one never has two in memory.
 
     Args:
         attention: [B, h, T, T] (or [B, T, T] without heads), rows are queries, any floating type; or an iterable of
@@ -240,7 +239,7 @@ def patch_graph(
         num_prefix_tokens: P, tokens before the patches (1 for a class token).
         direction: what describes patch i. "row": what it attends to (the paper's phi_i = w_i); "column": how
             much each patch attends to it; "symmetric": the mean of both.
-        heads: "mean" averages the heads; "concat" keeps them side by side.
+        heads: "mean" averages them; "concat" keeps them side by side.
         reduction: "mean" over blocks (and heads), or "sum" of all of them as in the authors' released code.
 
     Returns:
@@ -249,8 +248,7 @@ def patch_graph(
     Raises:
         ValueError: a map of another shape, no map at all, or an unknown direction.
     """
-    total: Tensor | None = None
-    blocks = 0
+    total, blocks = None, 0
     for block_map in [attention] if isinstance(attention, Tensor) else attention:
         edges = _patch_edges(block_map, num_prefix_tokens)
         if heads == "mean":

@@ -290,11 +290,11 @@ class EvolvedMask:
         return decided_by_grid(grid_draw, part_draw, class_sizes, self.num_masked, self.alpha, lowest_first)
 
     def _parts(
-        self, inputs: Tensor, attention_fn: AttentionFn | None, wanted: Tensor, num_parts: int, start_draw: Tensor
+        self, inputs: Tensor, attention_fn: AttentionFn | None, needed: Tensor, num_parts: int, start_draw: Tensor
     ) -> Tensor:
         """Parts of the wanted images, -1 for the others: int64 [B, N]."""
         parts = torch.full((len(inputs), self.num_patches), -1, device=inputs.device)
-        rows = wanted.nonzero()[:, 0]
+        rows = needed.nonzero()[:, 0]
         if len(rows) == 0:
             return parts
         if attention_fn is None:

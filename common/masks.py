@@ -108,8 +108,8 @@ def block_masks(
         new = (rectangle & ~mask).sum(dim=(1, 2))
         fits = (new > 0) & (new <= missing)
         mask |= rectangle & fits[:, None, None]
-    near = functional.avg_pool2d(mask[:, None].float(), 3, stride=1, padding=1, count_include_pad=False)
-    score = torch.where(mask, 2.0, near[:, 0]).reshape(batch, cells) + filling / cells
+    density = functional.avg_pool2d(mask[:, None].float(), 3, stride=1, padding=1, count_include_pad=False)
+    score = torch.where(mask, 2.0, density[:, 0]).reshape(batch, cells) + filling / cells
     filled = torch.zeros(batch, cells, dtype=torch.bool, device=uniforms.device)
     return filled.scatter(1, score.topk(num_masked, dim=1).indices, True)
 

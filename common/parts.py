@@ -523,10 +523,10 @@ def _random_patches(patches: int, uniforms: Tensor) -> Tensor:
     batch, num_parts = uniforms.shape
     order = torch.arange(patches, device=uniforms.device).repeat(batch, 1)
     for k in range(num_parts):
-        other = k + (uniforms[:, k : k + 1] * (patches - k)).long().clamp(max=patches - k - 1)
-        here, there = order[:, k : k + 1].clone(), order.gather(1, other)
-        order.scatter_(1, other, here)
-        order[:, k : k + 1] = there
+        partner = k + (uniforms[:, k : k + 1] * (patches - k)).long().clamp(max=patches - k - 1)
+        first, second = order[:, k : k + 1].clone(), order.gather(1, partner)
+        order.scatter_(1, partner, first)
+        order[:, k : k + 1] = second
     return order[:, :num_parts]
 
 
@@ -540,9 +540,9 @@ def _random_directions(rows: Tensor, num_parts: int, uniforms: Tensor) -> Tensor
 def _squared_distances(rows: Tensor) -> Tensor:
     """Between the rows of each image: [B, N, N], exactly 0 where rows are equal up to rounding."""
     norms = rows.square().sum(dim=2)
-    both = norms[:, :, None] + norms[:, None, :]
-    distances = both - 2 * rows @ rows.transpose(1, 2)
-    return torch.where(distances > 4 * _ROUNDING * both, distances, 0.0)
+    sums = norms[:, :, None] + norms[:, None, :]
+    distances = sums - 2 * rows @ rows.transpose(1, 2)
+    return torch.where(distances > 4 * _ROUNDING * sums, distances, 0.0)
 
 
 # --- Units and checks -------------------------------------------------------------------------------------------

@@ -87,8 +87,8 @@ def parse_patch(text: str, source: str) -> Patch:
             hunks, shift = patch.setdefault(line.removeprefix("+++ b/"), []), 0
             if hunks:
                 raise BadInput(f"{where}: the file occurs twice")
-        elif found := HUNK.fullmatch(line):
-            after, start, missing = int(found[1]), int(found[2]), int(found[3] or 1)
+        elif header := HUNK.fullmatch(line):
+            after, start, missing = int(header[1]), int(header[2]), int(header[3] or 1)
             if hunks is None or start != after + shift + 1 or (hunks and hunks[-1].after >= after):
                 raise BadInput(f"{where}: hunk out of order, or its line numbers do not fit those before it: {line!r}")
             hunks.append(Hunk(after, ()))
@@ -208,16 +208,16 @@ class Checkout:
         Raises:
             BadInput: a file that is not the pinned one, or has our lines already.
         """
-        found = {path: self.read(path) for path in patch}
-        if all(self.is_patched(path, patch[path], content) for path, content in found.items()):
+        contents = {path: self.read(path) for path in patch}
+        if all(self.is_patched(path, patch[path], content) for path, content in contents.items()):
             raise BadInput(f"the {self.upstream.name} patch is already applied to {self.root}")
-        for path, content in found.items():
+        for path, content in contents.items():
             if blob_id(content) != self.upstream.blobs[path]:
                 raise BadInput(
                     f"{self.root / path} is blob {blob_id(content)[:10]}, not {self.upstream.blobs[path][:10]}: "
                     f"it was changed (git -C {self.root} checkout {path})"
                 )
-        return found
+        return contents
 
     def is_patched(self, path: str, hunks: Sequence[Hunk], content: bytes) -> bool:
         """Whether a file is the pinned one with our lines in it, and nothing else."""
@@ -236,10 +236,10 @@ def remove(patched: bytes, hunks: Sequence[Hunk]) -> bytes | None:
     """The file without the hunks; None where they are not in it."""
     lines = patched.splitlines(keepends=True)
     for hunk in hunks:
-        ours = [line.encode() + b"\n" for line in hunk.lines]
-        if lines[hunk.after : hunk.after + len(ours)] != ours:
+        inserted = [line.encode() + b"\n" for line in hunk.lines]
+        if lines[hunk.after : hunk.after + len(inserted)] != inserted:
             return None
-        del lines[hunk.after : hunk.after + len(ours)]
+        del lines[hunk.after : hunk.after + len(inserted)]
     return b"".join(lines)
 
 
@@ -293,13 +293,13 @@ def reverse(checkout: Checkout, patch: Patch) -> str:
     Raises:
         BadInput: a touched file is not the pinned one with our lines, so that taking them out would lose work.
     """
-    found = {path: checkout.read(path) for path in patch}
-    for path, content in found.items():
+    contents = {path: checkout.read(path) for path in patch}
+    for path, content in contents.items():
         if not checkout.is_patched(path, patch[path], content):
             plain = blob_id(content) == checkout.upstream.blobs[path]
             state = "does not have the patch" if plain else "was changed besides the patch"
             raise BadInput(f"{checkout.root / path} {state}: nothing was reversed")
-    write_all(checkout.root, {path: remove(content, patch[path]) or b"" for path, content in found.items()})
+    write_all(checkout.root, {path: remove(content, patch[path]) or b"" for path, content in contents.items()})
     return f"reversed {checkout.upstream.name}.patch in {checkout.root}"
 
 
@@ -312,22 +312,22 @@ def export(checkout: Checkout) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the command line and does what it says."""
-    given = _parser().parse_args(argv)
-    upstream = read_upstream(given.upstream)
-    if given.show:
+    args = _parser().parse_args(argv)
+    upstream = read_upstream(args.upstream)
+    if args.show:
         print((HERE / f"{upstream.name}.patch").read_text(), end="")
         return
-    if given.path is None:
+    if args.path is None:
         raise BadInput("PATH is missing: the root of a clone of " + upstream.url)
-    checkout = Checkout(Path(given.path), upstream)
-    if given.export:
+    checkout = Checkout(Path(args.path), upstream)
+    if args.export:
         print(export(checkout), end="")
         return
     patch = read_patch(upstream)
-    if given.reverse:
+    if args.reverse:
         print(reverse(checkout, patch))
     else:
-        print(apply(checkout, patch, force_dirty=given.force_dirty, check=given.check))
+        print(apply(checkout, patch, force_dirty=args.force_dirty, check=args.check))
 
 
 def _parser() -> argparse.ArgumentParser:

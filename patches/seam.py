@@ -90,7 +90,7 @@ def add_small_model(module: types.ModuleType) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the mask. Of those, the namespace holds only what was given."""
     add_mask_flags(parser)
-    action = next(one for one in parser._actions if one.dest == "mask")
+    action = next(flag for flag in parser._actions if flag.dest == "mask")
     action.help = f"{action.help}; in this script {OFFICIAL} is the unpatched run, bit for bit"
 
 
@@ -120,28 +120,28 @@ def attach(upstream: str, model: nn.Module, settings: Any, optimizer: torch.opti
         settings: the script's arguments (MAE, BEiT) or configuration (SimMIM).
         optimizer: of the run; its steps move the average of `--attention_from ema`.
     """
-    wanted = READERS[upstream](settings)
-    if _wants_official(wanted.options):
+    choices = READERS[upstream](settings)
+    if _wants_official(choices.options):
         return
-    config = mask_config(wanted.options)
+    config = mask_config(choices.options)
     encoder = encoder_of(model)
     for name in ("patch_embed", "cls_token", "blocks"):
         if not hasattr(encoder, name):
             _refuse(f"evolved masks need a ViT encoder, and {type(encoder).__name__} has no {name} (use --mask {OFFICIAL})")
     grid_size, even_counts = _grid_size(encoder.patch_embed), upstream in EVEN_COUNTS
     try:
-        num_masked = wanted.count(grid_size[0] * grid_size[1])
+        num_masked = choices.count(grid_size[0] * grid_size[1])
         check_for_encoder(config, depth=len(encoder.blocks), grid_size=grid_size, num_masked=num_masked, even_counts=even_counts)
-        mask = EvolvedMask(grid_size, num_masked, wanted.total_epochs, config, seed=wanted.seed)
+        mask = EvolvedMask(grid_size, num_masked, choices.total_epochs, config, seed=choices.seed)
     except ValueError as error:
         _refuse(str(error))
-    run = PatchedRun(mask, encoder, wanted.autocast)
+    run = PatchedRun(mask, encoder, choices.autocast)
     if run.ema is not None:
         optimizer.register_step_post_hook(lambda *_: run.follow(encoder))
     if upstream == "mae":
         replace_random_masking(model, run)
     RUNS[model] = run
-    _say(f"evolved masks: {config.mask}, {num_masked} of {grid_size[0]}x{grid_size[1]} patches, {wanted.total_epochs} epochs")
+    _say(f"evolved masks: {config.mask}, {num_masked} of {grid_size[0]}x{grid_size[1]} patches, {choices.total_epochs} epochs")
 
 
 def load_state(model: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -298,8 +298,8 @@ class PatchedRun:
         if state is not None:
             self.mask.load_state_dict(state["mask"])
         if self.ema is not None:
-            kept = state["ema"] if state is not None else None
-            self.ema.model.load_state_dict(kept or encoder.state_dict(), strict=kept is not None)
+            average = state["ema"] if state is not None else None
+            self.ema.model.load_state_dict(average or encoder.state_dict(), strict=average is not None)
 
 
 RUNS: weakref.WeakKeyDictionary[nn.Module, PatchedRun] = weakref.WeakKeyDictionary()
@@ -335,7 +335,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ScriptSettings:
     """What the masks need to know of a script's settings.
 
     Attributes:
@@ -353,25 +353,27 @@ class Wanted:
     autocast: torch.dtype | None
 
 
-def _read_mae(args: Any) -> Wanted:
-    return Wanted(vars(args), args.epochs, args.seed, lambda patches: count_masked(patches, args.mask_ratio), None)
+def _read_mae(args: Any) -> ScriptSettings:
+    return ScriptSettings(vars(args), args.epochs, args.seed, lambda patches: count_masked(patches, args.mask_ratio), None)
 
 
-def _read_beit(args: Any) -> Wanted:
-    return Wanted(vars(args), args.epochs, args.seed, lambda patches: int(args.num_mask_patches), torch.float16)
+def _read_beit(args: Any) -> ScriptSettings:
+    return ScriptSettings(vars(args), args.epochs, args.seed, lambda patches: int(args.num_mask_patches), torch.float16)
 
 
-def _read_simmim(config: Any) -> Wanted:
+def _read_simmim(config: Any) -> ScriptSettings:
     """Without :func:`check_arguments` having written the choices, the masks stay the official ones."""
     options = dict(config.EVOLVED_MASK) if "EVOLVED_MASK" in config else {"mask": OFFICIAL}
     lower = None if config.AMP_OPT_LEVEL == "O0" else torch.bfloat16
-    return Wanted(options, config.TRAIN.EPOCHS, config.SEED, lambda patches: count_masked(patches, config.DATA.MASK_RATIO), lower)
+    return ScriptSettings(
+        options, config.TRAIN.EPOCHS, config.SEED, lambda patches: count_masked(patches, config.DATA.MASK_RATIO), lower
+    )
 
 
 EVEN_COUNTS = frozenset({"mae"})
 """Upstreams whose model needs the same number of masked patches in every image."""
 
-READERS: dict[str, Callable[[Any], Wanted]] = {"mae": _read_mae, "beit": _read_beit, "simmim": _read_simmim}
+READERS: dict[str, Callable[[Any], ScriptSettings]] = {"mae": _read_mae, "beit": _read_beit, "simmim": _read_simmim}
 
 
 def _wants_official(options: dict[str, Any]) -> bool:
@@ -430,9 +432,9 @@ def _stream_scores(blocks: Iterable[Any], tokens: Tensor, layers: Layers, inputs
     Computed from the weights: BEiT and SimMIM use those of `attn.qkv` without calling it, so that a hook on it
     would see nothing.
     """
-    every = list(blocks)
-    chosen = choose_layers(layers, len(every))
-    for index, block in enumerate(every[: chosen[-1] + 1]):
+    encoder = list(blocks)
+    chosen = choose_layers(layers, len(encoder))
+    for index, block in enumerate(encoder[: chosen[-1] + 1]):
         if index in chosen:
             yield _scores(block.attn, block.norm1(tokens))
         if index < chosen[-1]:

@@ -179,8 +179,8 @@ def shim_local_rank() -> None:
 def shim_required_local_rank() -> None:
     """SimMIM requires --local_rank, which torchrun gives in the environment. Can go when SimMIM reads it there."""
     shim_local_rank()
-    given = any(word.split("=")[0] == "--local_rank" for word in sys.argv)
-    if not given and "LOCAL_RANK" in os.environ:
+    has_flag = any(word.split("=")[0] == "--local_rank" for word in sys.argv)
+    if not has_flag and "LOCAL_RANK" in os.environ:
         sys.argv.append(f"--local_rank={os.environ['LOCAL_RANK']}")
 
 

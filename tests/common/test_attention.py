@@ -75,11 +75,11 @@ def test_tap_equals_attention_by_hand(values):
     with AttentionTap(blocks, values=values) as tap:
         run(blocks, tokens)
     assert len(tap.maps) == 3
-    for block, found in zip(blocks, tap.maps, strict=True):
+    for block, attention in zip(blocks, tap.maps, strict=True):
         expected = scores_by_hand(block, tokens)
         if values == "softmax":
             expected = expected.softmax(dim=-1)
-        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(attention, expected.float(), rtol=1e-4, atol=1e-5)
         tokens = block(tokens)
 
 
@@ -115,7 +115,7 @@ def test_tap_changes_nothing(values):
         tapped = run(blocks, tokens)
     assert torch.equal(tapped, plain)
     assert torch.equal(torch.autograd.grad(tapped.square().sum(), tokens)[0], gradient)
-    assert not any(one.requires_grad for one in tap.maps)
+    assert not any(attention.requires_grad for attention in tap.maps)
 
 
 def test_tap_reads_before_dropout():
@@ -333,14 +333,14 @@ def test_stream_equals_tap(layers, values):
         run(blocks, tokens)
     streamed = list(stream_attention(blocks, tokens, layers, values))
     assert len(streamed) == len(tap.maps)
-    assert all(torch.equal(one, other) for one, other in zip(streamed, tap.maps, strict=True))
+    assert all(torch.equal(attention, tapped) for attention, tapped in zip(streamed, tap.maps, strict=True))
     assert hooks_of(blocks) == []
 
 
 def test_stream_hands_on_block_inputs():
     """What blocks take besides the tokens (a position bias) reaches the blocks and the last attention."""
     maps = list(stream_attention([OtherBlock(), OtherBlock()], make_tokens(), bias=0.5))
-    assert all(torch.equal(one, torch.full((2, 1, TOKENS, TOKENS), 1 / TOKENS) + 0.5) for one in maps)
+    assert all(torch.equal(attention, torch.full((2, 1, TOKENS, TOKENS), 1 / TOKENS) + 0.5) for attention in maps)
 
 
 def test_stream_runs_no_more_than_needed():
@@ -458,7 +458,7 @@ def test_unknown_direction():
 
 def reduced(maps, direction, heads, reduction):
     """The graph of several blocks with numpy, from all maps at once: [B, N, N] or [B, N, h*N]."""
-    stacked = np.stack([one.double().numpy() for one in maps])[..., 1:, 1:].clip(min=0)  # [L, B, h, N, N]
+    stacked = np.stack([attention.double().numpy() for attention in maps])[..., 1:, 1:].clip(min=0)  # [L, B, h, N, N]
     total = stacked.mean(axis=0) if reduction == "mean" else stacked.sum(axis=0)
     if heads == "mean":
         total = (total.mean(axis=1) if reduction == "mean" else total.sum(axis=1))[:, None]
@@ -473,7 +473,7 @@ def reduced(maps, direction, heads, reduction):
 def test_patch_graph(direction, heads, reduction):
     """A running reduction of 4 blocks of 3 heads (seed 0, some negative) equals numpy over all maps at once."""
     maps = list(torch.randn(4, 2, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
-    before = [one.clone() for one in maps]
+    before = [attention.clone() for attention in maps]
     graph = patch_graph(iter(maps), direction=direction, heads=heads, reduction=reduction)
     torch.testing.assert_close(graph, reduced(maps, direction, heads, reduction), rtol=1e-5, atol=1e-6)
     assert graph.shape == ((2, 5, 5) if heads == "mean" else (2, 5, 15))
@@ -511,7 +511,7 @@ def test_maps_are_let_go_one_by_one(heads):
     def maps():
         nonlocal most
         for _ in range(5):
-            most = max(most, 1 + sum(one() is not None for one in alive))
+            most = max(most, 1 + sum(reference() is not None for reference in alive))
             attention = torch.rand(2, 3, 6, 6)
             alive.append(weakref.ref(attention))
             yield attention
@@ -527,7 +527,7 @@ def test_streamed_maps_are_let_go_one_by_one():
 
     def watch(module, args):
         nonlocal most
-        most = max(most, 1 + sum(one() is not None for one in alive))
+        most = max(most, 1 + sum(reference() is not None for reference in alive))
         alive.append(weakref.ref(args[0].untyped_storage()))
 
     for block in blocks:

@@ -80,7 +80,7 @@ def test_stream_numbers_never_change():
         "GRID": 1, "PARTS": 2, "START": 3, "TIES": 4, "BLOCK": 5, "PATCHES": 6, "NUM_PARTS": 7,
         "AUGMENT": 16, "ORDER": 17, "REPLACE": 18,
     }  # fmt: skip
-    numbers = {name: int(one) for name, one in Stream.__members__.items()}
+    numbers = {name: int(stream) for name, stream in Stream.__members__.items()}
     assert recorded.items() <= numbers.items()
     assert len(set(numbers.values())) == len(numbers)
 
@@ -116,9 +116,9 @@ NEIGHBOURS = {
 @pytest.mark.parametrize("key", NEIGHBOURS)
 def test_neighbouring_keys_are_independent(key):
     """Draws of neighbouring keys do not correlate, and their pairs fill the unit square evenly (chi-square)."""
-    for one, other in pairwise(NEIGHBOURS[key]):
-        assert abs(np.corrcoef(one, other)[0, 1]) < 4 / len(IDS) ** 0.5
-        counts = np.histogram2d(one, other, bins=8, range=[[0, 1], [0, 1]])[0]
+    for first, second in pairwise(NEIGHBOURS[key]):
+        assert abs(np.corrcoef(first, second)[0, 1]) < 4 / len(IDS) ** 0.5
+        counts = np.histogram2d(first, second, bins=8, range=[[0, 1], [0, 1]])[0]
         assert stats.chisquare(counts.ravel()).pvalue > 1e-4
 
 

@@ -284,12 +284,12 @@ def test_masks_follow_the_equations(strategy, epoch, small):
 )
 def test_alpha_of_each_strategy(strategy, options, alphas, small):
     """At the first, middle and last epoch, as reported with the masks."""
-    maker, found = EvolvedMask((5, 7), 20, 10, mask=strategy, num_parts=4, **options), []
+    maker, measured = EvolvedMask((5, 7), 20, 10, mask=strategy, num_parts=4, **options), []
     for epoch in (0, 5, 10):
         maker.set_epoch(epoch)
         assert maker(torch.arange(2), Encoder(small)).alpha == maker.alpha
-        found.append(maker.alpha)
-    assert found == alphas
+        measured.append(maker.alpha)
+    assert measured == alphas
 
 
 @pytest.mark.parametrize("shortcut", [True, False])
@@ -410,11 +410,11 @@ def test_shortcut_changes_no_mask(grid, masked, options, with_ids, random_attent
         assert torch.equal(fast.mask, slow.mask)
         assert torch.equal(fast.parts[~fast.skipped], slow.parts[~fast.skipped])
         assert not slow.skipped.any()
-    wanted = [(~one.skipped).nonzero()[:, 0].tolist() for one in made[True]]
+    wanted = [(~batch.skipped).nonzero()[:, 0].tolist() for batch in made[True]]
     assert encoders[True].asked == [rows for rows in wanted if rows]
     assert encoders[False].asked == [images.tolist()] * 13
     assert made[True][0].skipped.all()
-    assert any(one.skipped.any() for one in made[True][1:]) == (masked != 117)  # 117 is no sum of whole classes
+    assert any(batch.skipped.any() for batch in made[True][1:]) == (masked != 117)  # 117 is no sum of whole classes
 
 
 def test_share_of_images_without_a_pass(full):
@@ -461,9 +461,9 @@ def test_masks_belong_to_the_sample(strategy, epoch, small):
     ids = torch.arange(12) * 31 + 5
 
     def maker():
-        one = EvolvedMask((5, 7), 24, 10, mask=strategy, num_parts=7, seed=9)
-        one.set_epoch(epoch)
-        return one
+        maker = EvolvedMask((5, 7), 24, 10, mask=strategy, num_parts=7, seed=9)
+        maker.set_epoch(epoch)
+        return maker
 
     whole, again = maker()(torch.arange(12), Encoder(small), ids), maker()
     for rows in ([3], [11, 0, 5, 2], list(range(11, -1, -1)), [4, 4]):
@@ -521,11 +521,11 @@ def test_resume_draws_the_same_masks(recipe, through, small):
     def maker():
         return EvolvedMask((5, 7), 20, 300, MaskConfig.from_recipe(recipe, parts_start=9, parts_end=3), seed=3)
 
-    def batches(one, epochs):
+    def batches(maker, epochs):
         masks = []
         for epoch in epochs:
-            one.set_epoch(epoch)
-            masks.append(one(torch.arange(12), Encoder(small)).mask)
+            maker.set_epoch(epoch)
+            masks.append(maker(torch.arange(12), Encoder(small)).mask)
         return masks
 
     expected, first, second = batches(maker(), [200, 201, 202, 203]), maker(), maker()
@@ -581,8 +581,8 @@ def test_attention_block_by_block(random_attention):
         maker = EvolvedMask((5, 7), 20, 10, num_parts=5, alpha=1.0)
         return maker(torch.arange(4), attention_fn, torch.arange(4)).parts
 
-    listed = parts(lambda rows: [one[rows] for one in maps])
-    assert torch.equal(parts(lambda rows: (one[rows] for one in maps)), listed)
+    listed = parts(lambda rows: [attention[rows] for attention in maps])
+    assert torch.equal(parts(lambda rows: (attention[rows] for attention in maps)), listed)
     assert torch.equal(parts(lambda rows: torch.stack(maps).mean(dim=0)[rows]), listed)
     assert not torch.equal(parts(lambda rows: maps[0][rows]), listed)
 

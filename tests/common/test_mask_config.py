@@ -160,7 +160,7 @@ def test_options_are_frozen_and_explained():
     """A configuration cannot change after its check, and every option has a line of help."""
     with pytest.raises(FrozenInstanceError):
         MaskConfig().gamma = -1.0
-    assert all(len(one.metadata["help"]) > 10 for one in fields(MaskConfig))
+    assert all(len(option.metadata["help"]) > 10 for option in fields(MaskConfig))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def make_masks(maps, images=BATCH, **options):
     maker = EvolvedMask(GRID, 8, 10, seed=SEED, **{"num_parts": 6, "alpha": 0.5, "shortcut": False, **options})
     maker.set_epoch(EPOCH)
     rows = torch.arange(images)
-    return maker(rows, lambda wanted: [one[wanted] for one in maps], sample_ids=IDS[rows])
+    return maker(rows, lambda images: [attention[images] for attention in maps], sample_ids=IDS[rows])
 
 
 def cut_directly(maps, graph=None, num_parts=6, **cut):
@@ -250,7 +250,7 @@ def test_option_reaches_the_cut(row, maps):
 
 def test_direction_row_and_column_are_transposed(maps):
     """Columns of the maps are the rows of the transposed maps."""
-    turned = [one.transpose(2, 3) for one in maps]
+    turned = [attention.transpose(2, 3) for attention in maps]
     assert torch.equal(make_masks(maps, direction="column").parts, make_masks(turned, direction="row").parts)
     assert torch.equal(make_masks(maps, direction="symmetric").parts, make_masks(turned, direction="symmetric").parts)
 
@@ -264,9 +264,9 @@ def test_sum_is_the_mean_times_blocks_and_heads(maps):
 
 def test_prefix_tokens_play_no_part(maps):
     """Whatever the class token attends to, and whoever attends to it, changes nothing."""
-    other = [one.clone() for one in maps]
-    for one in other:
-        one[:, :, 0], one[:, :, :, 0] = 9.0, 5.0
+    other = [attention.clone() for attention in maps]
+    for attention in other:
+        attention[:, :, 0], attention[:, :, :, 0] = 9.0, 5.0
     assert torch.equal(make_masks(other).parts, make_masks(maps).parts)
 
 
@@ -274,7 +274,7 @@ def test_prefix_tokens_play_no_part(maps):
 @pytest.mark.parametrize(("start_draw", "alike"), [("batch", True), ("image", False)])
 def test_start_draw(start_draw, alike, estimator, maps):
     """Six copies of one image are cut alike from one start a batch, and not from a start of their own each."""
-    copies = [one[:1].expand(BATCH, -1, -1, -1) for one in maps]
+    copies = [attention[:1].expand(BATCH, -1, -1, -1) for attention in maps]
     parts = make_masks(copies, estimator=estimator, start="random", start_draw=start_draw).parts
     assert (parts == parts[:1]).all() == alike
     first = make_masks(copies, estimator=estimator, start="random", images=1).parts
@@ -303,9 +303,9 @@ def test_alpha_and_parts_of_the_paper():
 @pytest.mark.parametrize("epochs", [200, 300])
 def test_alpha_and_parts_of_the_authors(epochs):
     """((t+1)/300)^0.5 and int(40 -> 10), over 300 epochs however long the run."""
-    found = schedule("authors", epochs)
-    assert [alpha for alpha, _ in found] == pytest.approx([((t + 1) / 300) ** 0.5 for t in range(epochs)])
-    assert [parts for _, parts in found] == [int(30 * (300 - t) / 300 + 10) for t in range(epochs)]
+    scheduled = schedule("authors", epochs)
+    assert [alpha for alpha, _ in scheduled] == pytest.approx([((t + 1) / 300) ** 0.5 for t in range(epochs)])
+    assert [parts for _, parts in scheduled] == [int(30 * (300 - t) / 300 + 10) for t in range(epochs)]
 
 
 def test_schedule_longer_than_its_epochs_stays_at_the_end():
@@ -318,11 +318,11 @@ def test_schedule_longer_than_its_epochs_stays_at_the_end():
 def test_parts_rounding(rounding, parts):
     """4 -> 2 over 4 epochs, 4 3.5 3 2.5 2: to the nearest (half up), or down."""
     maker = EvolvedMask(GRID, 8, 4, parts_start=4, parts_end=2, parts_rounding=rounding)
-    found = []
+    scheduled = []
     for epoch in range(5):
         maker.set_epoch(epoch)
-        found.append(maker.num_parts)
-    assert found == parts
+        scheduled.append(maker.num_parts)
+    assert scheduled == parts
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
@@ -411,12 +411,12 @@ def authors_run(maps):
     config = MaskConfig.from_recipe("authors", parts_start=9, parts_end=4)
     maker = EvolvedMask(GRID, 8, 300, config, seed=SEED)
     maker.set_epoch(EPOCH)
-    return maker(torch.arange(BATCH), lambda rows: [one[rows] for one in maps], sample_ids=IDS)
+    return maker(torch.arange(BATCH), lambda rows: [attention[rows] for attention in maps], sample_ids=IDS)
 
 
 def released_parts(maps, num_parts):
     """Parts as the released code makes them, in double precision: columns of the summed maps, 15 rounds, kappa 40."""
-    graph = sum(one[:, :, 1:, 1:].double().sum(dim=1) for one in maps).transpose(1, 2).numpy()
+    graph = sum(attention[:, :, 1:, 1:].double().sum(dim=1) for attention in maps).transpose(1, 2).numpy()
     uniforms = hash_uniform(SEED, EPOCH, IDS[:1], Stream.START, start_draws(num_parts, PATCHES, "vmf", "random"))
     nothing = torch.zeros(1, PATCHES, PATCHES)
     begin = fit_parts(nothing, num_parts, estimator="vmf", start="random", iterations=0, uniforms=uniforms)

@@ -196,7 +196,7 @@ def as_matrices(covariances, features):
     """Any of the three covariances as [K, D, D]."""
     if covariances.ndim == 3:
         return covariances
-    return np.stack([np.diag(np.broadcast_to(one, features)) for one in covariances])
+    return np.stack([np.diag(np.broadcast_to(covariance, features)) for covariance in covariances])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -212,15 +212,15 @@ def test_equals_naive_em_with_the_floor_active(kind, seed):
         posteriors, weights, means, covariances, likelihood, accepted = naive_em(
             rows, start[image].numpy(), 3, kind, floor, iterations=8
         )
-        found = as_matrices(fit.covariances[image].numpy(), 25)
+        matrices = as_matrices(fit.covariances[image].numpy(), 25)
         np.testing.assert_allclose(fit.log_likelihood[:, image], likelihood, rtol=1e-8)
         np.testing.assert_allclose(fit.posteriors[image], posteriors, atol=1e-7)
         np.testing.assert_allclose(fit.weights[image], weights, atol=1e-8)
         np.testing.assert_allclose(fit.means[image], means, atol=1e-7)
-        np.testing.assert_allclose(found, covariances, atol=1e-7)
+        np.testing.assert_allclose(matrices, covariances, atol=1e-7)
         assert fit.labels[image].tolist() == posteriors.argmax(axis=1).tolist()
         ridges += accepted
-        assert kind == "full" or np.isclose(np.diagonal(found, axis1=1, axis2=2), floor).any()
+        assert kind == "full" or np.isclose(np.diagonal(matrices, axis1=1, axis2=2), floor).any()
     assert kind != "full" or {True, False} == set(ridges)  # some ridged updates are taken, some are not
 
 
@@ -403,8 +403,8 @@ def test_only_reseeding_leaves_a_start_with_one_part(kind, reseed, score):
     """From a start that puts every patch in part 0, three planted parts are found with re-seeding, none without (seed 0)."""
     graph, planted = planted_graph(0, 1, 30, 3, noise=0.05)
     start = torch.zeros(1, 30, dtype=torch.int64)
-    found = partition_parts(graph, 3, start_labels=start, covariance=kind, reseed_empty=reseed)
-    assert adjusted_rand_score(planted[0], found[0]) == score
+    labels = partition_parts(graph, 3, start_labels=start, covariance=kind, reseed_empty=reseed)
+    assert adjusted_rand_score(planted[0], labels[0]) == score
 
 
 # --- Independence, equivariance, invariance ---------------------------------------------------------------------
@@ -479,8 +479,8 @@ def planted_graph(seed, batch, patches, parts, noise):
 def test_planted_parts_are_recovered(mixture):
     """At low noise the cut is the planted partition (adjusted Rand index above 0.99 on average, 8 images, seed 11)."""
     graph, planted = planted_graph(11, 8, 40, 4, noise=0.02)
-    found = partition_parts(graph.float(), 4, generator=seeded(11), **MIXTURES[mixture])
-    assert np.mean([adjusted_rand_score(*pair) for pair in zip(planted, found, strict=True)]) > 0.99
+    labels = partition_parts(graph.float(), 4, generator=seeded(11), **MIXTURES[mixture])
+    assert np.mean([adjusted_rand_score(*pair) for pair in zip(planted, labels, strict=True)]) > 0.99
 
 
 # --- The start --------------------------------------------------------------------------------------------------

@@ -123,14 +123,16 @@ def compare(pair: Pair) -> dict[str, Any]:
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     names, values = zip(*[(name, value) for name, value in model.named_parameters() if value.requires_grad], strict=True)
-    found = torch.autograd.grad(loss, values, allow_unused=True)
-    return {name: one for name, one in zip(names, found, strict=True) if one is not None}
+    gradients = torch.autograd.grad(loss, values, allow_unused=True)
+    return {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
 def furthest(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
     """Largest difference, as a share of the largest gradient of the same tensor."""
     assert theirs.keys() == ours.keys()
-    return max(float((one - ours[name]).abs().max() / one.abs().max().clamp(min=1e-12)) for name, one in theirs.items())
+    return max(
+        float((gradient - ours[name]).abs().max() / gradient.abs().max().clamp(min=1e-12)) for name, gradient in theirs.items()
+    )
 
 
 def main() -> None:

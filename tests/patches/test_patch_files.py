@@ -135,8 +135,8 @@ def test_flags_of_the_mask_are_all_there() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     seam.add_arguments(parser)
     assert vars(parser.parse_args([])) == {}
-    given = parser.parse_args(["--mask", "official", "--recipe", "authors", "--gamma", "3", "--no_shortcut", "--layers", "0,5"])
-    assert vars(given) == {"mask": "official", "recipe": "authors", "gamma": 3.0, "shortcut": False, "layers": "0,5"}
+    args = parser.parse_args(["--mask", "official", "--recipe", "authors", "--gamma", "3", "--no_shortcut", "--layers", "0,5"])
+    assert vars(args) == {"mask": "official", "recipe": "authors", "gamma": 3.0, "shortcut": False, "layers": "0,5"}
     assert "official" in parser.format_help()
 
 

@@ -100,11 +100,11 @@ def arguments(flags: str = "", **more: Any) -> argparse.Namespace:
     """What a patched script's parser gives."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    given = parser.parse_args(flags.split())
+    args = parser.parse_args(flags.split())
     plain = {"epochs": 4, "seed": 3, "mask_ratio": 0.75, "num_mask_patches": 20}
     for key, value in {**plain, **more}.items():
-        setattr(given, key, value)
-    return given
+        setattr(args, key, value)
+    return args
 
 
 def attached(model: nn.Module, flags: str = "", upstream: str = "mae", **more: Any) -> torch.optim.Optimizer:
@@ -120,10 +120,10 @@ def attached(model: nn.Module, flags: str = "", upstream: str = "mae", **more: A
 @pytest.mark.parametrize("layers", ["all", "last", [0]])
 def test_attention_of_a_timm_encoder_is_that_of_our_trainer(mae: LikeMAE, images: Tensor, layers: Any, values: Any) -> None:
     ours = list(mae.attention_maps(images, layers, values))
-    found = list(seam.attention_maps(mae, images, layers, values))
-    assert len(found) == len(ours)
-    for one, other in zip(found, ours, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    streamed = list(seam.attention_maps(mae, images, layers, values))
+    assert len(streamed) == len(ours)
+    for attention, expected in zip(streamed, ours, strict=True):
+        torch.testing.assert_close(attention, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_shared_bias_is_in_the_attention_and_not_in_the_scores(images: Tensor) -> None:
@@ -391,7 +391,7 @@ import numpy, timm, torch
 def watched():
     import torch.distributed, torch.nn as nn
     from timm.models.vision_transformer import Block
-    return [id(one) for one in (
+    return [id(function) for function in (
         torch.load, torch.cuda.synchronize, torch.cuda.set_device, torch.amp.GradScaler.state_dict, torch.Tensor.cuda,
         nn.Module.cuda, nn.parallel.DistributedDataParallel.__init__, torch.distributed.init_process_group,
         Block.__init__, timm.__version__, sys.modules.get("torch._six"), sys.modules.get("apex"),

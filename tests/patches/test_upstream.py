@@ -42,7 +42,8 @@ VARIABLES = {name: f"UPSTREAM_{name.upper()}" for name in ("mae", "beit", "simmi
 
 if not any(map(os.environ.get, VARIABLES.values())):
     pytest.skip(
-        f"run it with {' '.join(f'{one}=PATH' for one in VARIABLES.values())} make test-upstream", allow_module_level=True
+        f"run it with {' '.join(f'{variable}=PATH' for variable in VARIABLES.values())} make test-upstream",
+        allow_module_level=True,
     )
 
 
@@ -237,8 +238,8 @@ def test_evolved_masks_evolve(clone: Clone) -> None:
 def share_of_grid_masks(made: dict[str, Any], epoch: int) -> float:
     """Images whose mask is whole classes of the 2x2 grid, but for the one class in which the count ends."""
     classes = grid_classes(14, 14)
-    masks: Tensor = torch.cat([mask for mask, one in zip(made["masks"], made["epochs"], strict=True) if one == epoch])
-    inside = torch.stack([masks[:, classes == one].sum(dim=1) for one in range(4)], dim=1)
+    masks: Tensor = torch.cat([mask for mask, made_at in zip(made["masks"], made["epochs"], strict=True) if made_at == epoch])
+    inside = torch.stack([masks[:, classes == grid_class].sum(dim=1) for grid_class in range(4)], dim=1)
     return float((((inside != 0) & (inside != 49)).sum(dim=1) <= 1).float().mean())
 
 
@@ -403,8 +404,8 @@ def test_parity_of_our_model(clone: Clone) -> None:
     done = execute([sys.executable, "-W", "ignore", str(PARITY), clone.name, str(HERE / "configs")], clone.code(clone.plain))
     assert done.returncode == 0, done.stderr[-4000:]
     print(f"\n{clone.name} {done.stdout.splitlines()[-1]}")
-    for size, found in json.loads(done.stdout.splitlines()[-1]).items():
-        assert found["tensors"] > 100, size
-        assert found["loss"] <= 1e-5, size
-        assert found["gradient"] <= 1e-4, size
-        assert found["gradient_control"] > 1e-2, size  # another mask must show
+    for size, gaps in json.loads(done.stdout.splitlines()[-1]).items():
+        assert gaps["tensors"] > 100, size
+        assert gaps["loss"] <= 1e-5, size
+        assert gaps["gradient"] <= 1e-4, size
+        assert gaps["gradient_control"] > 1e-2, size  # another mask must show
