@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -23,6 +23,8 @@ from common.training.config import Interpolation, LrSchedule, RunConfig, option,
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from common.visualize.captions import Group, Sheet, write_label
+from common.visualize.colours import distinct_colours, text_colour
 from downstream.detection.coco import (
     MASK_THRESHOLD,
     CocoScores,
@@ -46,7 +48,7 @@ DESCRIPTION = (
 )
 DRAWN_SCORE = 0.5
 _PICTURE_SIDE = 384
-_COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4f8bff", "#f58231", "#c060ff", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
+_COLOURS = tuple(tuple(round(255 * value) for value in colour) for colour in distinct_colours(10).tolist())
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,10 @@ class Evaluation:
     def pictures(self, everything: list[Detections]) -> dict[str, np.ndarray]:
         """The first images: truth on the left, what was found with a score above one half on the right."""
         shown = sorted((one for one in everything if one.place < self.config.pictures), key=lambda one: one.place)
-        rows = [np.concatenate(self.drawn(one), axis=1) for one in shown]
-        return {"detections": np.concatenate(rows)} if rows else {}
+        if not shown:
+            return {}
+        columns = Group(("true objects", f"detected, score {DRAWN_SCORE} or more"))
+        return {"detections": Sheet([columns], rows=[self.drawn(one) for one in shown]).draw()}
 
     def drawn(self, one: Detections) -> tuple[np.ndarray, np.ndarray]:
         """Truth and outcome of an image."""
@@ -220,19 +224,22 @@ def pack(masks: Tensor, tools: Any) -> list[dict[str, Any]]:
 
 
 def draw(image: Image.Image, boxes: np.ndarray, masks: list[np.ndarray], words: list[str]) -> np.ndarray:
-    """An image with boxes, masks and words on it: uint8 [up to 384, 384, 3]."""
+    """An image with boxes, masks and words on it, its longer side 384 pixels: uint8 [height, width, 3]."""
     height, width = fitted((image.height, image.width), (_PICTURE_SIDE, _PICTURE_SIDE))
     pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC))).permute(2, 0, 1)
-    if len(boxes):
-        scaled = torch.from_numpy(boxes * ([width / image.width, height / image.height] * 2)).float()
-        planes = torch.from_numpy(np.stack(masks))[:, None].float()
-        planes = nn.functional.interpolate(planes, size=(height, width), mode="nearest-exact")[:, 0] > 0
-        colours: list[Any] = [_COLOURS[i % len(_COLOURS)] for i in range(len(boxes))]
-        pixels = draw_segmentation_masks(pixels, planes, alpha=0.45, colors=colours)
-        pixels = draw_bounding_boxes(pixels, scaled, words, colors=colours, width=2)
-    canvas = np.full((height, _PICTURE_SIDE, 3), 255, dtype=np.uint8)
-    canvas[:, :width] = pixels.permute(1, 2, 0).numpy()
-    return canvas
+    if not len(boxes):
+        return pixels.permute(1, 2, 0).numpy()
+    scaled = torch.from_numpy(boxes * ([width / image.width, height / image.height] * 2)).float()
+    planes = torch.from_numpy(np.stack(masks))[:, None].float()
+    planes = nn.functional.interpolate(planes, size=(height, width), mode="nearest-exact")[:, 0] > 0
+    colours: list[Any] = [_COLOURS[i % len(_COLOURS)] for i in range(len(boxes))]
+    pixels = draw_segmentation_masks(pixels, planes, alpha=0.45, colors=colours)
+    pixels = draw_bounding_boxes(pixels, scaled, colors=colours, width=2)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(picture)
+    for box, text, colour in zip(scaled.tolist(), words, colours, strict=True):  # above all boxes, on the colour of its own
+        write_label(pen, (round(box[0]), round(box[1])), text, text_colour(np.array(colour) / 255), colour)
+    return np.array(picture)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,23 +1,32 @@
-"""Pictures of results: predicted classes on images, confusion matrices. Without matplotlib (group `demo`) there are none.
+"""Pictures of results: predicted classes on images, confusion matrices, curves. Without matplotlib (group `demo`) there are none.
 
 n images   C classes
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
+from common.visualize.colours import BASE, RIGHT, WRONG, text_colour
+
 _NAMED = 40  # more classes than these are drawn without names
+_DPI = 120
+_DASHED = (0, (3, 1.5))
+_WRAP = 34  # letters of a title's line over one image
 
 
 def draw_predictions(images: Tensor, labels: Tensor, probabilities: Tensor, classes: list[str]) -> dict[str, np.ndarray]:
-    """Images with true class, predicted class and its probability; wrong ones in red.
+    """Images with predicted class, its probability and the true class, in a blue frame where they agree, else in a dashed one.
 
     Args:
         images: values 0..1, [n, 3, height, width].
@@ -31,15 +40,18 @@ def draw_predictions(images: Tensor, labels: Tensor, probabilities: Tensor, clas
         return {}
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
-    figure = _figure(2.6 * columns, 3.0 * rows)
-    for place, (image, label, share) in enumerate(zip(images, labels.tolist(), probabilities, strict=True), start=1):
+    titles = [_title(int(share.argmax()), float(share.max()), label, classes) for label, share in _pairs(labels, probabilities)]
+    lines = max(title.count("\n") + 1 for title in titles)
+    height, width = images.shape[2:]
+    figure = _figure(2.4 * columns, (2.4 * height / width + 0.17 * lines) * rows + 0.4)
+    for place, (image, (label, share), title) in enumerate(
+        zip(images, _pairs(labels, probabilities), titles, strict=True), start=1
+    ):
         axes = figure.add_subplot(rows, columns, place)
         axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        guess = int(share.argmax())
-        answer = f"{classes[guess]} {float(share[guess]):.0%}"
-        title = answer if guess == label else f"{answer}\nis {classes[label]}"
-        axes.set_title(title, fontsize=9, color="black" if guess == label else "firebrick")
-        axes.axis("off")
+        axes.set_title(title, fontsize=8)
+        _frame(axes, right=int(share.argmax()) == label)
+    figure.legend(handles=_frames(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return {"predictions": _pixels(figure)}
 
 
@@ -59,19 +71,16 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> dict[str, np.ndarr
     figure = _figure(side + 0.8, side)
     axes = figure.add_subplot()
     heatmap = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis")
-    figure.colorbar(heatmap, ax=axes, fraction=0.046, label="share of the true class")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    figure.colorbar(heatmap, ax=axes, fraction=0.046, label="share of the true class", format="{x:.0%}")
+    absent = "\n(white rows: not in the data)" if bool(shares.isnan().any()) else ""
+    axes.set_title(f"percent of each true class, by predicted class{absent}", fontsize=9)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     if len(classes) <= _NAMED:
         axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
         axes.set_yticks(range(len(classes)), classes, fontsize=8)
     if len(classes) <= 12:
-        for row in range(len(classes)):
-            for column in range(len(classes)):
-                value = float(shares[row, column])
-                if value >= 0.005:
-                    colour = "black" if value > 0.6 else "white"
-                    axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        _write_shares(axes, heatmap, shares)
     return {"confusion": _pixels(figure)}
 
 
@@ -89,9 +98,12 @@ def draw_layers(layers: list[int], curves: dict[str, list[float]]) -> dict[str, 
         return {}
     figure = _figure(5.5, 3.6)
     axes = figure.add_subplot()
+    styles = itertools.cycle(
+        {"color": colour, "marker": marker} for colour, marker in zip(BASE[4:] + BASE[:3], "os^DvP", strict=True)
+    )
     for name, values in curves.items():
-        axes.plot(layers, values, marker="o", label=name)
-    axes.set_xlabel("block")
+        axes.plot(layers, values, label=name, **next(styles))
+    axes.set_xlabel("block (0: the first)")
     axes.set_ylabel("top-1 in percent")
     axes.set_xticks(layers)
     axes.grid(alpha=0.3)
@@ -112,15 +124,16 @@ def draw_curves(lines: Sequence[dict[str, Any]], metric: str) -> dict[str, np.nd
         return {}
     figure = _figure(5.5, 3.6)
     axes = figure.add_subplot()
-    axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], color="tab:blue")
+    axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], color=RIGHT)
     axes.set_xlabel("epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylabel("training loss", color="tab:blue")
+    axes.set_ylabel("training loss (line)", color=RIGHT)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.3)
     judged = [line for line in lines if metric in line]
     metric_axes = axes.twinx()
-    metric_axes.plot([line["epoch"] + 1 for line in judged], [line[metric] for line in judged], color="tab:orange", marker="o")
-    metric_axes.set_ylabel(metric, color="tab:orange")
+    metric_axes.plot([line["epoch"] + 1 for line in judged], [line[metric] for line in judged], color=WRONG, marker="o", ls="--")
+    metric_axes.set_ylabel(f"{metric} in percent (dashed)", color=WRONG)
     return {"curves": _pixels(figure)}
 
 
@@ -129,15 +142,54 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def _pairs(labels: Tensor, probabilities: Tensor) -> list[tuple[int, Tensor]]:
+    return list(zip(labels.tolist(), probabilities, strict=True))
+
+
+def _title(predicted: int, probability: float, label: int, classes: list[str]) -> str:
+    """Predicted and true class, a long name on several lines."""
+    lines = [f"predicted {classes[predicted]} {probability:.0%}", f"true {classes[label]}"]
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, _WRAP))
+
+
+def _frame(axes: Any, right: bool) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color=RIGHT if right else WRONG, linewidth=2.5, linestyle="-" if right else _DASHED, capstyle="butt")
+
+
+def _frames() -> list[Any]:
+    """What the frames mean, for a legend."""
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D([], [], color=RIGHT, linewidth=2.5, label="right"),
+        Line2D([], [], color=WRONG, linewidth=2.5, linestyle=_DASHED, label="wrong"),
+    ]
+
+
+def _write_shares(axes: Any, heatmap: Any, shares: Tensor) -> None:
+    """Percent in the cells, in the colour that shows on the cell's own."""
+    for row, column in itertools.product(range(len(shares)), repeat=2):
+        value = float(shares[row, column])
+        if value >= 0.005:
+            ink = np.array(text_colour(np.array(heatmap.cmap(heatmap.norm(value))[:3]))) / 255
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=tuple(ink))
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _pixels(figure: Any) -> np.ndarray:
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    """The figure as it fits around all that is drawn: a label that the layout leaves outside makes it larger."""
+    figure.canvas.draw()  # the layout knows the places of labels only once they were drawn
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.08)
+    return np.array(Image.open(buffer).convert("RGB"))

@@ -38,7 +38,7 @@ from downstream.segmentation.data import (
     validation_transform,
 )
 from downstream.segmentation.inference import Predictor
-from downstream.segmentation.pictures import stacked, triptych
+from downstream.segmentation.pictures import Triptych, draw_sheet, triptych
 from downstream.segmentation.upernet import NormKind, UperNet, resized
 from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
 
@@ -195,7 +195,7 @@ class Evaluation:
         """Raises BadInput if no pixel of the validation images is labelled."""
         classes, device = len(self.names), self.processes.device
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        rows: dict[int, np.ndarray] = {}
+        rows: dict[int, Triptych] = {}
         for batch in evaluation_batches(self.source, validation_transform, self.config, self.processes, collate_whole):
             images, labels = batch.views[0::2], batch.views[1::2]
             predictions = self.predict(model, images)
@@ -205,7 +205,7 @@ class Evaluation:
                     rows[index] = triptych(image, truth, predicted, classes)
         return self._scores(self.processes.sum(confusion), rows)
 
-    def _scores(self, confusion: Tensor, rows: dict[int, np.ndarray]) -> Scores:
+    def _scores(self, confusion: Tensor, rows: dict[int, Triptych]) -> Scores:
         if not confusion.any():
             raise BadInput(f"--data_path {self.config.data_path}: no pixel of the validation annotations is labelled")
         found = scores_of(confusion)
@@ -213,7 +213,7 @@ class Evaluation:
         pictures: dict[str, np.ndarray] = {}
         everyones = {index: row for part in self.processes.gather(rows) for index, row in part.items()}
         if everyones:
-            pictures["validation"] = stacked([everyones[index] for index in sorted(everyones)])
+            pictures["validation"] = draw_sheet([everyones[index] for index in sorted(everyones)], self.names)
             pictures |= draw_confusion(confusion.cpu(), self.names)
         return Scores(numbers, pictures)
 

@@ -31,7 +31,7 @@ from common.training.optim import EncoderEMA
 from common.training.runlog import run_facts
 from common.training.sources import open_source
 from common.training.stopwatch import Stopwatch
-from common.visualize import MaskPictures
+from common.visualize import MaskPictures, describe_schedule
 
 
 class Encoder(Protocol):
@@ -186,7 +186,8 @@ class Pretraining(Loop):
     # --- numbers ---
 
     def _postfix(self, watch: Stopwatch) -> str:
-        return f"{super()._postfix(watch)}, alpha {self.mask.alpha:.2f}, K {self.mask.num_parts}"
+        schedule = describe_schedule(self.mask_config, self.mask.alpha, self.mask.num_parts)
+        return ", ".join(filter(None, (super()._postfix(watch), schedule)))
 
     def _after_epoch(self, epoch: int, line: dict[str, Any]) -> None:
         spared = self.meters["skipped_attention"] / line["images"]
@@ -194,8 +195,10 @@ class Pretraining(Loop):
         line.update(alpha=self.mask.alpha, num_parts=self.mask.num_parts, skipped_attention=spared)
 
     def _told(self, line: dict[str, Any]) -> str:
-        spared = f"spared attention passes {line['skipped_attention']:.0%}"
-        return f"alpha {self.mask.alpha:.3f}  K {self.mask.num_parts}  {spared}"
+        words = describe_schedule(self.mask_config, self.mask.alpha, self.mask.num_parts, decimals=3).split(", ")
+        if self.mask_config.uses_attention:
+            words.append(f"spared attention passes {line['skipped_attention']:.0%}")
+        return "  ".join(words)
 
     # --- what is written ---
 
@@ -207,7 +210,8 @@ class Pretraining(Loop):
             return
         with self._attention_pass() as attention_fn:
             sheet = self.pictures.take(epoch, self.device, attention_fn)
-        self.log.image("parts_and_masks", sheet, epoch * self.batches.updates)
+        if sheet is not None:
+            self.log.image("parts_and_masks", sheet, epoch * self.batches.updates)
 
     def _announce(self) -> None:
         facts = run_facts(
@@ -216,8 +220,8 @@ class Pretraining(Loop):
             samples=len(self.samples), updates_an_epoch=self.batches.updates, **self.method.facts,
         )  # fmt: skip
         self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates + self.first_update)
-        if self.resumed_from is None and self.processes.is_main:
-            self.pictures.forget()
+        if self.processes.is_main:
+            self.pictures.keep_until(self.first_epoch if self.resumed_from else -1)
         height, width = self.mask.height, self.mask.width
         self.log.say(
             f"{self.method.name} {self.config.model}, mask {self.mask_config.mask}: "

@@ -5,20 +5,29 @@ n images   N patches   H, W patch grid   P, Q image height and width in pixels
 
 from __future__ import annotations
 
-import colorsys
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.evolved_mask import EvolvedMask
+from common.mask_config import MaskConfig
+from common.visualize.captions import Group, Key, Sheet
+from common.visualize.colours import distinct_colours
 
 MASKED_GREY = 0.5
-_GOLDEN_ANGLE = 0.618033988749895
+EVOLUTION = "evolution.png"
+_DPI = 200
+_CELL = 200
+"""Pixels of the longer side of an image in a figure, about: it is enlarged by a whole number."""
 
 
 class _Source(Protocol):
@@ -29,16 +38,18 @@ class _Source(Protocol):
     def name(self, index: int) -> str: ...
 
 
-def part_colours(count: int) -> np.ndarray:
-    """Well separated colours: float [count, 3] in 0..1."""
-    hues = [(k * _GOLDEN_ANGLE) % 1.0 for k in range(count)]
-    return np.array([colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * (k % 2), 0.95 - 0.3 * (k % 3 == 2)) for k, hue in enumerate(hues)])
-
-
 def enlarge(patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[H, W, ...] -> [P, Q, ...], each patch a block of pixels."""
     rows, columns = size[0] // patches.shape[0], size[1] // patches.shape[1]
     return patches.repeat(rows, axis=0).repeat(columns, axis=1)
+
+
+def borders(labels: np.ndarray) -> np.ndarray:
+    """Pixels that have another label than the one above or to the left: bool, the shape of `labels` [P, Q]."""
+    differs = np.zeros(labels.shape, dtype=bool)
+    differs[1:] |= labels[1:] != labels[:-1]
+    differs[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    return differs
 
 
 def draw_parts(image: np.ndarray, parts: np.ndarray) -> np.ndarray:
@@ -52,13 +63,10 @@ def draw_parts(image: np.ndarray, parts: np.ndarray) -> np.ndarray:
         float [P, Q, 3].
     """
     labels = enlarge(parts, image.shape[:2])
-    colours = part_colours(int(parts.max()) + 1)[labels] if parts.max() >= 0 else np.full_like(image, MASKED_GREY)
+    colours = distinct_colours(int(parts.max()) + 1)[labels] if parts.max() >= 0 else np.full_like(image, MASKED_GREY)
     grey = image.mean(axis=2, keepdims=True)
     picture = 0.65 * colours + 0.35 * grey
-    edge = np.zeros(labels.shape, dtype=bool)
-    edge[1:] |= labels[1:] != labels[:-1]
-    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    picture[edge] *= 0.35
+    picture[borders(labels)] *= 0.35
     return picture
 
 
@@ -67,10 +75,72 @@ def draw_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(enlarge(mask, image.shape[:2])[..., None], MASKED_GREY, image)
 
 
+def outline_mask(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A dark line between masked and visible patches, so that a grey photograph can be told from a mask: float [P, Q, 3]."""
+    outlined = picture.copy()
+    outlined[borders(enlarge(mask, picture.shape[:2]))] = 0
+    return outlined
+
+
+def describe_schedule(config: MaskConfig, alpha: float, num_parts: int, decimals: int = 2) -> str:
+    """Of alpha and K those that shape this mask: "alpha 0.25, K 25", "K 10", "alpha 0.25", or nothing for a static mask."""
+    words = []
+    if config.mask in ("evolved", "grid-to-block"):
+        words.append(f"alpha {alpha:.{decimals}f}")
+    if config.uses_attention:
+        words.append(f"K {num_parts}")
+    return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Masks of a few images at one epoch, as in a file `epoch_0000.npz`.
+
+    Attributes:
+        epoch: epochs trained before it.
+        alpha: weight of the parts.
+        num_parts: K.
+        images: uint8 [n, P, Q, 3].
+        parts: int64 [n, H, W]; -1 for masks without parts.
+        masks: bool [n, H, W], True = masked.
+    """
+
+    epoch: int
+    alpha: float
+    num_parts: int
+    images: np.ndarray
+    parts: np.ndarray
+    masks: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path) -> Snapshot | None:
+        """The snapshot in a file; None where the file is not whole."""
+        try:
+            with np.load(path) as file:
+                numbers = int(file["epoch"]), float(file["alpha"]), int(file["num_parts"])
+                return cls(*numbers, file["images"], file["parts"], file["masks"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Writes the file whole or not at all."""
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer, images=self.images, parts=self.parts, masks=self.masks,
+            epoch=self.epoch, alpha=self.alpha, num_parts=self.num_parts,
+        )  # fmt: skip
+        _write_bytes(path, buffer.getvalue())
+
+    def row_of(self, image: np.ndarray) -> int | None:
+        """Row of an image uint8 [P, Q, 3]; None if it is not among these (a resumed run may show others)."""
+        return next((row for row, own in enumerate(self.images) if np.array_equal(own, image)), None)
+
+
 class MaskPictures:
     """Takes the part maps and masks of the same images at several epochs, and composes them into one figure.
 
-    Every snapshot is a file of its own, so that a resumed run keeps the earlier ones.
+    Every snapshot is a file of its own, so that a resumed run keeps the earlier ones. The figure, `evolution.png`, is
+    composed anew with each of them: an interrupted run has the figure of the epochs so far.
 
     Args:
         folder: where snapshots and pictures go.
@@ -97,41 +167,80 @@ class MaskPictures:
         )  # fmt: skip
         self.indices = sorted({round(i * (len(source) - 1) / max(count - 1, 1)) for i in range(count)})
 
-    def take(self, epoch: int, device: torch.device, attention_fn: Callable[[Tensor], Iterable[Tensor]]) -> np.ndarray:
-        """Snapshot of `epoch`; returns a contact sheet uint8 [rows, columns, 3], a row an image: image, parts, mask."""
+    def take(self, epoch: int, device: torch.device, attention_fn: Callable[[Tensor], Iterable[Tensor]]) -> np.ndarray | None:
+        """Writes the snapshot of `epoch` and the figure of all so far.
+
+        Returns:
+            The figure of this epoch alone, uint8 [height, width, 3]; None if no image can be read.
+        """
         ids, loaded = self._readable()
+        if not ids:
+            return None
         images = torch.stack(loaded).to(device)
         self.mask.set_epoch(epoch)
         sample = self.mask(images, attention_fn, torch.tensor(ids, device=device))
         grid = (len(ids), self.mask.height, self.mask.width)
         colours = self.to_colours(images).permute(0, 2, 3, 1).cpu().numpy()
-        parts, masks = sample.parts.reshape(grid).cpu().numpy(), sample.mask.reshape(grid).cpu().numpy()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(
-            self.folder / f"epoch_{epoch:04d}.npz",
-            images=(colours * 255).round().astype(np.uint8), parts=parts, masks=masks,
-            epoch=epoch, alpha=sample.alpha, num_parts=sample.num_parts,
+        snapshot = Snapshot(
+            epoch, sample.alpha, sample.num_parts, (colours * 255).round().astype(np.uint8),
+            sample.parts.reshape(grid).cpu().numpy(), sample.mask.reshape(grid).cpu().numpy(),
         )  # fmt: skip
-        rows = [
-            np.concatenate([image, draw_parts(image, part), draw_mask(image, mask)], axis=1)
-            for image, part, mask in zip(colours, parts, masks, strict=True)
-        ]
-        return (np.concatenate(rows) * 255).round().astype(np.uint8)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        snapshot.write(self.folder / f"epoch_{epoch:04d}.npz")
+        self.compose()
+        return self._figure([snapshot])
 
-    def forget(self) -> None:
-        """Removes the snapshots of an earlier run in the same folder, which are not this run's evolution."""
+    def keep_until(self, epoch: int) -> None:
+        """Removes what is not this run's evolution: snapshots after `epoch`, where the run starts; all of them below 0."""
         for path in self.folder.glob("epoch_*.npz"):
-            path.unlink()
+            if int(path.stem.removeprefix("epoch_")) > epoch:
+                path.unlink()
+        if self.compose() is None:
+            (self.folder / EVOLUTION).unlink(missing_ok=True)
 
     def compose(self) -> Path | None:
-        """Figure of all snapshots, `evolution.png`; None without snapshots or without matplotlib."""
-        files = sorted(self.folder.glob("epoch_*.npz"))
-        if not files:
+        """Writes the figure of all snapshots, `evolution.png`; None without snapshots."""
+        read = [Snapshot.read(path) for path in sorted(self.folder.glob("epoch_*.npz"))]
+        snapshots = sorted((shot for shot in read if shot is not None), key=lambda shot: shot.epoch)
+        if not snapshots:
             return None
-        try:
-            return compose_evolution(files, self.folder / "evolution.png")
-        except ImportError:
-            return None
+        buffer = io.BytesIO()
+        Image.fromarray(self._figure(snapshots)).save(buffer, format="PNG", dpi=(_DPI, _DPI))
+        _write_bytes(self.folder / EVOLUTION, buffer.getvalue())
+        return self.folder / EVOLUTION
+
+    def _figure(self, snapshots: Sequence[Snapshot]) -> np.ndarray:
+        """A row an image; the image, then parts (of masks that have them) and mask of each epoch: uint8 [height, width, 3]."""
+        config = self.mask.config
+        columns = ("parts", "mask") if config.uses_attention else ("mask",)
+        groups = [Group(("image",))]
+        for shot in snapshots:
+            schedule = describe_schedule(config, shot.alpha, shot.num_parts)
+            epoch = f"epoch {shot.epoch} of {self.mask.total_epochs}"
+            groups.append(Group(columns, f"{epoch}: {schedule}" if schedule else epoch))
+        sheet = Sheet(groups, self._heading(), self._legend())
+        for image in snapshots[-1].images:
+            cells: list[np.ndarray | None] = [_as_bytes(_enlarged(image))]
+            for shot in snapshots:
+                row = shot.row_of(image)
+                cells += [None] * len(columns) if row is None else self._cells(image, shot, row)
+            sheet.rows.append(cells)
+        return sheet.draw()
+
+    def _cells(self, image: np.ndarray, shot: Snapshot, row: int) -> list[np.ndarray]:
+        large, mask = _enlarged(image), shot.masks[row]
+        masked = _as_bytes(outline_mask(draw_mask(large, mask), mask))
+        return [_as_bytes(draw_parts(large, shot.parts[row])), masked] if self.mask.config.uses_attention else [masked]
+
+    def _heading(self) -> str:
+        most = "" if self.mask.config.exact_count else "at most "
+        return f"{self.mask.config.mask} mask: {most}{self.mask.num_masked} of {self.mask.num_patches} patches masked"
+
+    def _legend(self) -> list[Key]:
+        keys = [Key([np.full(3, MASKED_GREY)], "masked: the model does not see it")]
+        if self.mask.config.uses_attention:
+            keys.insert(0, Key(list(distinct_colours(4)), "parts: a colour each, unrelated between pictures"))
+        return keys
 
     def _readable(self) -> tuple[list[int], list[Tensor]]:
         """The images that can be read; an unreadable one is left out."""
@@ -146,29 +255,18 @@ class MaskPictures:
         return ids, images
 
 
-def compose_evolution(snapshots: list[Path], output: Path) -> Path:
-    """One figure of several snapshots: a row an image; the image, then parts and mask of each epoch, side by side."""
-    from matplotlib.figure import Figure
-
-    shots = [dict(np.load(path)) for path in snapshots]
-    images = shots[-1]["images"] / 255.0
-    columns = 1 + 2 * len(shots)
-    figure = Figure(figsize=(1.55 * columns, 1.6 * len(images) + 0.55), dpi=110, layout="constrained")
-    axes = figure.subplots(len(images), columns, squeeze=False)
-    for row, image in enumerate(images):
-        _show(axes[row, 0], image, "image" if row == 0 else "")
-        for place, shot in enumerate(shots):
-            if row >= len(shot["parts"]):
-                continue
-            heading = f"epoch {shot['epoch']}: alpha {shot['alpha']:.2f}, K {shot['num_parts']}"
-            _show(axes[row, 1 + 2 * place], draw_parts(image, shot["parts"][row]), heading if row == 0 else "", left=True)
-            _show(axes[row, 2 + 2 * place], draw_mask(image, shot["masks"][row]), "")
-    figure.suptitle("parts and masks over the training", fontsize=9)
-    figure.savefig(output)
-    return output
+def _enlarged(image: np.ndarray) -> np.ndarray:
+    """uint8 [P, Q, 3] -> float in 0..1, P and Q times the whole number that brings the longer one nearest to `_CELL`."""
+    factor = max(1, round(_CELL / max(image.shape[:2])))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1) / 255.0
 
 
-def _show(axis: Any, picture: np.ndarray, title: str, left: bool = False) -> None:
-    axis.imshow(picture.clip(0, 1), interpolation="nearest")
-    axis.set_title(title, fontsize=7, loc="left" if left else "center")
-    axis.axis("off")
+def _as_bytes(picture: np.ndarray) -> np.ndarray:
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

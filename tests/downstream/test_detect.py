@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import downstream.vit
 import mae_evolved.model
@@ -21,6 +21,7 @@ from beit_evolved.model import BEiT
 from common.training.config import parse_flags
 from common.training.distributed import start_processes
 from common.training.errors import BadInput
+from common.visualize.colours import distinct_colours, text_colour
 from downstream.detect import DetectConfig, Evaluation, draw, main, make_model
 from downstream.detection.coco import CocoSource, fitted
 from downstream.detection.mask_rcnn import MaskRCNN
@@ -89,7 +90,7 @@ def test_four_epochs_equal_two_and_a_resume(train: Train, capsys: pytest.Capture
     assert len(terms) == 5
     assert sum(terms) == pytest.approx(line["train_loss"], rel=1e-5)  # type: ignore[arg-type]
     picture = np.array(Image.open(whole / "detections.png"))
-    assert picture.shape[1] == 2 * 384
+    assert picture.shape[1] == 10 + 384 + 6 + 384 + 10
 
     # --eval_only with the same weights says the same, also with batches of another size
     capsys.readouterr()
@@ -177,11 +178,37 @@ def test_picture_shows_boxes_and_masks_where_they_are() -> None:
     mask = np.zeros((96, 48), dtype=np.uint8)
     mask[20:60, 10:30] = 1
     drawn = draw(image, np.array([[10.0, 20, 30, 60]]), [mask], ["ball"])
-    assert drawn.shape == (384, 384, 3)
-    assert (drawn[:, 192:] == 255).all()  # paper beside a narrow image
+    assert drawn.shape == (384, 192, 3)  # no paper beside a narrow image
     left = drawn[:, :192].astype(int).sum(axis=2)
     assert box_of(left > 0) == pytest.approx([40, 80, 80, 160], abs=2)
     assert not draw(image, np.zeros((0, 4)), [], [])[:, :192].any()
+
+
+def test_labels_are_whole_and_show_on_their_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on a ground of its box's colour, black or white by contrast, inside the image even at its corner."""
+    labels: list[tuple[str, tuple[float, float, float, float], tuple[int, ...]]] = []
+    original = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, place: Any, words: str, ink: tuple[int, ...], face: Any) -> None:
+        labels.append((words, self.textbbox(place, words, face), ink))
+        original(self, place, words, ink, face)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    image = Image.new("RGB", (100, 50), (230, 25, 75))
+    corners = np.array([[0.0, 0, 20, 20], [90, 0, 100, 10], [90, 45, 100, 50], [20, 45, 50, 50]])
+    masks = [np.zeros((50, 100), dtype=np.uint8)] * 4
+    drawn = draw(image, corners, masks, [f"musical instrument 0.9{k}" for k in range(4)])
+    assert drawn.shape == (192, 384, 3)
+    assert [words for words, _, _ in labels] == [f"musical instrument 0.9{k}" for k in range(4)]
+    for k, (_, (left, top, right, bottom), ink) in enumerate(labels):
+        assert min(left, top) >= 0
+        assert right <= 384
+        assert bottom <= 192
+        ground = np.round(distinct_colours(4)[k] * 255).astype(int)
+        shown = drawn[int(top) : int(bottom), int(left) : int(right)].reshape(-1, 3).astype(int)
+        assert (shown == ground).all(axis=1).mean() > 0.2
+        assert ink == text_colour(ground / 255)
+        assert (shown == ink).all(axis=1).any()
 
 
 def test_layers_of_the_model(root: Path, tmp_path: Path) -> None:

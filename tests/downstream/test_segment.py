@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -306,8 +307,10 @@ def test_pictures_show_truth_and_prediction(run: Run, monkeypatch: pytest.Monkey
     """Left the image, then its true classes, which are black where unlabelled; pictures are those of the first images."""
     monkeypatch.setattr(segmentation_pictures, "_COLOUR_SHARE", 1.0)
     output = run("run", "--iterations 2 --pictures 2")
-    picture = np.asarray(Image.open(output / "validation.png"))
-    high, wide, gap = 213, 256, 6
+    whole = np.asarray(Image.open(output / "validation.png"))
+    high, wide, gap, margin, line = 213, 256, 6, 10, 21
+    assert whole.shape == (margin + line + 2 * high + gap + gap + line + margin, margin + 3 * wide + 2 * gap + margin, 3)
+    picture = whole[margin + line : margin + line + 2 * high + gap, margin:-margin]
     assert picture.shape == (2 * high + gap, 3 * wide + 2 * gap, 3)
     image, labels = SegmentationSource(scenes, "validation", CLASSES).load(1)
     colours = segmentation_pictures.palette(CLASSES)
@@ -318,6 +321,47 @@ def test_pictures_show_truth_and_prediction(run: Run, monkeypatch: pytest.Monkey
         assert abs(int(picture[high + gap + y, x, 0]) - image.getpixel((column, row))[0]) < 25
         assert tuple(picture[high + gap + y, 2 * (wide + gap) + x]) in {tuple(colour) for colour in colours[:CLASSES]}
     assert np.asarray(Image.open(output / "confusion.png")).std() > 10
+
+
+def test_titles_and_legend_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes in the images, by their colours and in their order, and no others; cells of non-square images touch."""
+    texts: list[str] = []
+    original = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, place: Any, words: str, *rest: Any) -> None:
+        left, top, right, bottom = self.textbbox(place, words, rest[1])
+        assert min(left, top) >= 0
+        assert right <= self.im.size[0]
+        assert bottom <= self.im.size[1]
+        texts.append(words)
+        original(self, place, words, *rest)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    truth = torch.zeros(32, 64, dtype=torch.int64)
+    truth[:, 32:] = 7
+    truth[0] = 255
+    predicted = torch.full((32, 64), 3)
+    row = segmentation_pictures.triptych(torch.zeros(3, 32, 64), truth, predicted, 9)
+    tall = segmentation_pictures.triptych(torch.zeros(3, 64, 32), truth.T, predicted.T, 9)
+    names = [f"class {k}" for k in range(9)]
+    sheet = segmentation_pictures.draw_sheet([row, row], names)
+    assert [text for text in texts if text] == [
+        "image", "true classes", "predicted classes", "class 0", "class 3", "class 7", "unlabelled"
+    ]  # fmt: skip
+    assert sheet.shape == (10 + 21 + 2 * 128 + 6 + 6 + 21 + 10, 10 + 3 * 256 + 2 * 6 + 10, 3)
+    assert segmentation_pictures.draw_sheet([tall], names).shape == (
+        10 + 21 + 256 + 6 + 21 + 10,
+        10 + 3 * 128 + 2 * 6 + 10,
+        3,
+    )
+    colours = segmentation_pictures.palette(9)
+    swatches = sheet[10 + 21 + 2 * 128 + 6 + 6 :]
+    for label in (0, 3, 7):
+        assert (swatches == colours[label]).all(axis=2).sum() == 11 * 11
+    # A dark line between the classes, and nothing of the kind inside them.
+    left = 10 + 256 + 6
+    cell = sheet[31:159, left : left + 256].astype(int).sum(axis=2)
+    assert cell[60, 128] < 0.5 * cell[60, [126, 127, 129, 130]].min()
 
 
 def test_without_matplotlib(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

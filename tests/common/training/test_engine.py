@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.training import engine
 from common.training.checkpoint import LAST
 from common.training.data import Batch
 from common.training.errors import BadInput, NonFiniteLoss
+from common.training.interrupt import Interrupted
 from common.training.loop import BEFORE_FAILURE
 from mae_evolved import main_pretrain
 from tests.conftest import assert_same, read_log
@@ -191,6 +195,71 @@ def test_a_new_run_forgets_the_pictures_of_an_old_one(train: Train) -> None:
     train("run", "--picture_epochs 3")
     output = train("run", "--picture_epochs 2 --epochs 3 --resume none")
     assert sorted(path.name for path in (output / "masks").glob("*.npz")) == ["epoch_0000.npz", "epoch_0003.npz"]
+
+
+@pytest.mark.parametrize("at", [(1, 2), (1, 3), (2, 0)], ids=["inside an epoch", "at the end of one", "in the first update"])
+def test_evolution_is_there_after_a_signal_and_whole_after_a_resume(
+    train: Train, monkeypatch: pytest.MonkeyPatch, at: tuple[int, int]
+) -> None:
+    """SIGTERM in an update: the figure of the epochs so far; the resumed run's is that of one never stopped, to the byte."""
+    flags = "--picture_epochs 5 --picture_images 2"
+    whole = train("whole", flags)
+    original = engine.Pretraining._train_update
+
+    def signalled(self: engine.Pretraining, epoch: int, update: int, *rest: object) -> None:
+        if (epoch, update) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, epoch, update, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Pretraining, "_train_update", signalled)
+        with pytest.raises(Interrupted):
+            train("parts", flags)
+    figure = whole.parent / "parts" / "masks" / "evolution.png"
+    taken = at[0] + 1
+    with Image.open(figure) as image:
+        assert image.width == 10 + 192 + taken * (18 + 192 + 6 + 192) + 10
+    figure.unlink()
+    with monkeypatch.context() as patch:
+        stop_at_epoch(patch, 2 if at[1] == 3 else at[0])  # a resumed run that ends at once has rebuilt it
+        with pytest.raises(KeyboardInterrupt):
+            train("parts", flags)
+    assert figure.exists()
+    parts = train("parts", flags)
+    assert figure.read_bytes() == (whole / "masks" / "evolution.png").read_bytes()
+    assert len(list((parts / "masks").iterdir())) == 5 + 1
+    with Image.open(figure) as image:
+        assert image.width == 10 + 192 + 5 * (18 + 192 + 6 + 192) + 10
+
+
+def test_a_resume_from_an_earlier_checkpoint_drops_later_pictures(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = train("run", "--picture_epochs 5 --save_freq 1")
+    stop_at_epoch(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train("run", f"--picture_epochs 5 --save_freq 1 --resume {output}/checkpoint-1.pth")
+    assert [path.name for path in sorted((output / "masks").glob("*.npz"))] == [f"epoch_000{k}.npz" for k in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        ("evolved", "alpha 0.062  K 7  spared attention passes"),
+        ("part", "K 7  spared attention passes"),
+        ("grid-to-block", "alpha 0.062"),
+        ("grid", ""),
+        ("random", ""),
+        ("block", ""),
+    ],
+)
+def test_console_says_what_the_mask_has(train: Train, capsys: pytest.CaptureFixture[str], mask: str, said: str) -> None:
+    """alpha where it grows, K and passes where there are parts; log.txt has the same keys for all."""
+    output = train("run", f"--mask {mask} --picture_epochs 2")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 2/4"))
+    assert line.split(")")[-1].strip().startswith(said)
+    words = ("alpha", "K ", "spared")
+    assert [word in line for word in words] == [word in said for word in words]
+    assert {"alpha", "num_parts", "skipped_attention"} < read_log(output)[1].keys()
+    assert (output / "masks" / "evolution.png").exists()
 
 
 def test_tensorboard_has_scalars_and_pictures(train: Train) -> None:
