@@ -23,6 +23,7 @@ from common.training.config import Interpolation, LrSchedule, RunConfig, option,
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from common.training.task import Run
 from downstream.detection.coco import (
     MASK_THRESHOLD,
     CocoScores,
@@ -36,7 +37,16 @@ from downstream.detection.coco import (
     fitted,
 )
 from downstream.detection.mask_rcnn import COARSEST, MaskRCNN, paste
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
+from downstream.training import (
+    Scores,
+    SupervisedTask,
+    TaskConfig,
+    evaluation_batches,
+    make_encoder,
+    parse_task,
+    say_once,
+    train_task,
+)
 from downstream.vit import MODELS
 
 PROGRAM = "detect"
@@ -101,8 +111,9 @@ class DetectConfig(TaskConfig):
         self._require("input_size", fits, f"must be divisible by {step}, {COARSEST} patches of {self.model}")
 
 
-def build(config: DetectConfig, processes: Processes) -> Task:
+def build(config: DetectConfig, run: Run) -> SupervisedTask:
     """Mask R-CNN on COCO as the training loop takes it."""
+    processes = run.processes
     if config.eval_only and find_resume(config) is None:
         raise BadInput("--eval_only: no trained detector; --resume PATH names its checkpoint")
     root = Path(config.data_path)
@@ -113,13 +124,15 @@ def build(config: DetectConfig, processes: Processes) -> Task:
         raise BadInput(f"{val.file}: has other categories than {train.file.name}")
     say = say_once(processes)
     say(f"{len(train)} training images ({train.left_out} without objects left out), {len(val)} for validation")
-    return Task(
-        name="detection",
+    return SupervisedTask(
+        run=run,
+        config=config,
+        kind="detection",
         model=make_model(config, len(train.names), say),
         source=train,
         transform=Jitter(config.image_size, config.jitter, config.flip, config.interpolation),
-        loss=losses,
-        evaluate=Evaluation(config, val, processes),
+        objective=losses,
+        evaluation=Evaluation(config, val, processes),
         metric="AP_box",
         collate=collate_objects,
         facts={"classes": len(train.names), "validation_images": len(val)},

@@ -23,6 +23,7 @@ from common.training.config import RunConfig, option, with_default
 from common.training.data import Batch, denormalise
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from common.training.task import Run
 from downstream.classification.labelled import (
     Labelled,
     augmentation,
@@ -34,7 +35,16 @@ from downstream.classification.labelled import (
 )
 from downstream.confusion import confusion_matrix
 from downstream.pictures import draw_confusion, draw_predictions
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
+from downstream.training import (
+    Scores,
+    SupervisedTask,
+    TaskConfig,
+    evaluation_batches,
+    make_encoder,
+    parse_task,
+    say_once,
+    train_task,
+)
 from downstream.vit import MODELS, Encoder
 from downstream.weights import find_encoder
 
@@ -181,19 +191,22 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([one.double() for one in counts])
 
 
-def make_task(config: FinetuneConfig, processes: Processes) -> Task:
+def make_task(config: FinetuneConfig, run: Run) -> SupervisedTask:
     """Data, model and loss of fine-tuning."""
+    processes = run.processes
     train, val = open_labelled(config, train=True), open_labelled(config, train=False)
     same_classes(train, val, config.data_path)
 
     model = make_classifier(config, len(train.classes), say_once(processes))
-    return Task(
-        name="fine-tuning",
+    return SupervisedTask(
+        run=run,
+        config=config,
+        kind="fine-tuning",
         model=model,
         source=draw_subset(train, config.subset, config.seed),
         transform=augmentation(config),
-        loss=MixedLoss(config, len(train.classes)),
-        evaluate=Evaluation(config, val, processes),
+        objective=MixedLoss(config, len(train.classes)),
+        evaluation=Evaluation(config, val, processes),
         metric="top1",
         facts={"classes": len(train.classes), "validation_images": len(val)},
     )
@@ -251,7 +264,7 @@ def load_head(model: Classifier, path: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
     config = parse_task(FinetuneConfig, PROGRAM, DESCRIPTION, argv)
-    train_task(config, lambda processes: make_task(config, processes))
+    train_task(config, lambda run: make_task(config, run))
 
 
 if __name__ == "__main__":

@@ -22,15 +22,14 @@ from common.training.config import RunConfig, option, with_default
 from common.training.data import Batch, training_transform
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
-from common.training.loop import choose_precision
+from common.training.task import Run
 from downstream.classification.labelled import WithLabel, draw_subset, middle, open_labelled, same_classes
 from downstream.finetune import count_correct, pooled
 from downstream.pictures import draw_layers
 from downstream.probing.lars import LARS
 from downstream.training import (
     Scores,
-    Supervised,
-    Task,
+    SupervisedTask,
     TaskConfig,
     evaluation_batches,
     make_encoder,
@@ -205,13 +204,12 @@ def probe_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def extract(model: Probes, source: Any, config: ProbeConfig, processes: Processes) -> tuple[Tensor, Tensor]:
+def extract(model: Probes, source: Any, config: ProbeConfig, run: Run) -> tuple[Tensor, Tensor]:
     """Features float32 [n, L, D] and classes [n] of all images' middles, in the order of the set, on the CPU of every rank."""
     model.eval()
-    precision = choose_precision(config, processes.device)
-    found = []
+    processes, found = run.processes, []
     for batch in evaluation_batches(source, middle(config), config, processes):
-        with torch.autocast(processes.device.type, precision, enabled=precision != torch.float32):  # as in the run
+        with run.autocast():
             features = model.features(batch.images)
         found.append((batch.sample_ids.cpu(), features.float().cpu(), batch.views[1].cpu()))
     mine = tuple(torch.cat(parts) for parts in zip(*found, strict=True)) if found else None
@@ -314,18 +312,9 @@ class Evaluation:
         }
 
 
-class Probing(Supervised):
-    """A run whose optimiser is LARS."""
-
-    config: ProbeConfig
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        trained = [value for value in self.model.parameters() if value.requires_grad]
-        return LARS(trained, lr=self.peak_lr, weight_decay=self.config.weight_decay)
-
-
-def make_task(config: ProbeConfig, processes: Processes) -> Task:
+def make_task(config: ProbeConfig, run: Run) -> SupervisedTask:
     """Data, frozen features and heads."""
+    processes = run.processes
     train, val = open_labelled(config, train=True), open_labelled(config, train=False)
     same_classes(train, val, config.data_path)
     source: Any = draw_subset(train, config.subset, config.seed)
@@ -342,10 +331,11 @@ def make_task(config: ProbeConfig, processes: Processes) -> Task:
     weights = str(resumed or config.init_from)
     encoder = make_encoder(config, say_once(processes), norm if weights else None, weights=weights)
     model = Probes(encoder, config.layers, config.pool, norm, len(train.classes)).to(processes.device)
-    cached = extract(model, source, config, processes) if config.cache or config.neighbours else None
+    trained = [value for value in model.parameters() if value.requires_grad]
+    cached = extract(model, source, config, run) if config.cache or config.neighbours else None
     evaluate = Evaluation(
         config,
-        extract(model, val, config, processes),
+        extract(model, val, config, run),
         cached if config.neighbours else None,
         len(train.classes),
         processes,
@@ -356,14 +346,17 @@ def make_task(config: ProbeConfig, processes: Processes) -> Task:
         transform: Any = _as_is
     else:
         data, transform = source, WithLabel(training_transform(config))
-    return Task(
-        name=NAME,
+    return SupervisedTask(
+        run=run,
+        config=config,
+        kind=NAME,
         model=model,
         source=data,
         transform=transform,
-        loss=probe_loss,
-        evaluate=evaluate,
+        objective=probe_loss,
+        evaluation=evaluate,
         metric="top1",
+        optimizer=lambda lr: LARS(trained, lr=lr, weight_decay=config.weight_decay),
         facts={"classes": len(train.classes), "validation_images": len(val)},
     )
 
@@ -375,7 +368,7 @@ def _as_is(sample: Any) -> Any:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, extracts features, and trains the heads."""
     config = parse_task(ProbeConfig, PROGRAM, DESCRIPTION, argv)
-    train_task(config, lambda processes: make_task(config, processes), Probing)
+    train_task(config, lambda run: make_task(config, run))
 
 
 if __name__ == "__main__":

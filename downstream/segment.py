@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.training.checkpoint import find_resume
-from common.training.config import LrSchedule, RunConfig, option, with_default
+from common.training.config import Length, LrSchedule, RunConfig, option, with_default
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from common.training.task import Run
 from downstream.confusion import IGNORED, confusion_matrix, scores_of
 from downstream.pictures import can_draw, draw_confusion
 from downstream.segmentation.data import (
@@ -40,7 +41,16 @@ from downstream.segmentation.data import (
 from downstream.segmentation.inference import Predictor
 from downstream.segmentation.pictures import stacked, triptych
 from downstream.segmentation.upernet import NormKind, UperNet, resized
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
+from downstream.training import (
+    Scores,
+    SupervisedTask,
+    TaskConfig,
+    evaluation_batches,
+    make_encoder,
+    parse_task,
+    say_once,
+    train_task,
+)
 
 PROGRAM = "downstream.segment"
 DESCRIPTION = (
@@ -126,12 +136,8 @@ class SegmentConfig(TaskConfig):
         self._require("test_scales", fits, "needs --inference slide, for the encoder has one input size")
 
     @property
-    def total_updates(self) -> int:
-        return self.iterations
-
-    @property
-    def warmup_updates(self) -> int:
-        return self.warmup_iterations
+    def length(self) -> Length:
+        return Length(self.iterations, self.warmup_iterations, "updates")
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -221,12 +227,13 @@ class Evaluation:
 # --- the task ---
 
 
-def build(config: SegmentConfig, processes: Processes) -> Task:
+def build(config: SegmentConfig, run: Run) -> SupervisedTask:
     """The task as the training loop takes it.
 
     Raises:
         BadInput: data, checkpoint or flags that cannot be used.
     """
+    processes = run.processes
     if config.eval_only and find_resume(config) is None:
         raise BadInput("--eval_only needs a trained model: --resume CHECKPOINT, or one in --output_dir")
     names, training, validation = open_sets(config)
@@ -235,13 +242,15 @@ def build(config: SegmentConfig, processes: Processes) -> Task:
         say("no picture of the confusion matrix: matplotlib is not installed (requirements-demo.txt)")
     model = make_model(config, len(names), processes, say)
     crop = TrainingTransform(config.image_size, config.scale, config.cat_max_ratio, config.flip, config.photometric)
-    return Task(
-        name="segmentation",
+    return SupervisedTask(
+        run=run,
+        config=config,
+        kind="segmentation",
         model=model,
         source=training,
         transform=crop,
-        loss=make_loss(config, processes),
-        evaluate=Evaluation(config, validation, names, processes),
+        objective=make_loss(config, processes),
+        evaluation=Evaluation(config, validation, names, processes),
         metric="mIoU",
         facts={"classes": names, "feature_blocks": list(model.blocks)},
     )
@@ -287,7 +296,7 @@ def make_model(config: SegmentConfig, classes: int, processes: Processes, say: C
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, trains and evaluates."""
     config = parse_task(SegmentConfig, PROGRAM, DESCRIPTION, argv)
-    train_task(config, lambda processes: build(config, processes))
+    train_task(config, lambda run: build(config, run))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -17,15 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.models.names import patch_size_of
-from common.training.checkpoint import FREE_TO_CHANGE, differences, find_resume, read_checkpoint
+from common.training.checkpoint import FREE_TO_CHANGE, check_same_settings, differences, find_resume, read_checkpoint
 from common.training.config import LoopConfig, RunConfig, option, parse_flags, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, make_loader
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput
-from common.training.loop import Collate, Loop
-from common.training.optim import EncoderEMA, lr_after
-from common.training.runlog import run_facts
-from common.training.stopwatch import Stopwatch
+from common.training.loop import Loop
+from common.training.optim import EncoderEMA
+from common.training.task import Collate, Outcome, Run, Task
 from downstream.pictures import draw_curves
 from downstream.vit import METHODS, MODELS, Encoder, Method, build_encoder, layer_of
 from downstream.weights import find_encoder, load_encoder
@@ -82,16 +81,6 @@ class TaskConfig(LoopConfig):
         divisible = not any(size % patch for size in self.image_size)
         self._require("input_size", divisible, f"must be divisible by the patch size {patch} of {self.model}")
 
-    @property
-    def total_updates(self) -> int:
-        """Length of the run in updates where a task counts so; 0: --epochs says it."""
-        return 0
-
-    @property
-    def warmup_updates(self) -> int:
-        """Length of the warm-up where `total_updates` is not 0."""
-        return 0
-
 
 AnyTask = TypeVar("AnyTask", bound=TaskConfig)
 
@@ -109,33 +98,6 @@ class Scores:
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-@dataclass
-class Task:
-    """What a task adds to the machinery.
-
-    Attributes:
-        name: for titles and result.json.
-        model: with the encoder as `encoder`.
-        source: training samples.
-        transform: sample -> views.
-        loss: (model, batch) -> the mean over the batch; or several by names that begin with `loss_`, which are summed.
-        evaluate: model in evaluation mode -> scores, the same on every rank.
-        metric: the number that says which epoch was best; higher is better.
-        collate: samples -> batch.
-        facts: see Loop.
-    """
-
-    name: str
-    model: nn.Module
-    source: Any
-    transform: Transform
-    loss: Callable[[nn.Module, Batch], Tensor | dict[str, Tensor]]
-    evaluate: Callable[[nn.Module], Scores]
-    metric: str
-    collate: Collate = collate
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
 FREE_IN_A_TASK = frozenset(("eval_freq", "eval_only", "pictures", "checkpointing"))
 """Flags besides FREE_TO_CHANGE that a resumed run may change."""
 
@@ -148,148 +110,144 @@ def check_same_task(state: dict[str, Any], path: Path, config: TaskConfig, effec
 
     Under --eval_only, unless it holds the same model: how it was trained, and on how many ranks, may differ.
     """
-    evaluating = config.eval_only
-    free = _free_in_evaluation(config) if evaluating else FREE_TO_CHANGE | FREE_IN_A_TASK | set(config.evaluation_flags)
-    differs = differences(state["config"], asdict(config), free)
-    for name, mine in (("effective_batch", effective_batch), ("samples", samples)):
-        if state[name] != mine and not evaluating:
-            differs.append(f"{name} {state[name]} -> {mine}")
+    if not config.eval_only:
+        free = FREE_TO_CHANGE | FREE_IN_A_TASK | set(config.evaluation_flags)
+        check_same_settings(state, path, config, effective_batch, samples, free=free)
+        return
+    differs = differences(state["config"], config, _free_in_evaluation(config))
     if differs:
-        hint = "evaluation needs the same model" if evaluating else "--resume none starts anew"
-        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} ({hint})")
+        needs = "evaluation needs the same model"
+        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} ({needs})")
 
 
-class Supervised(Loop):
-    """One run of a task: the loop with layer-wise learning rates, and evaluation at the ends of epochs."""
+@dataclass(eq=False)
+class SupervisedTask(Task):
+    """A task with labels: layer-wise learning rates, and evaluation at the ends of epochs.
 
+    Attributes:
+        run: what surrounds it.
+        config: flags.
+        kind: for titles and result.json.
+        model: with the encoder as `encoder`.
+        source: training samples.
+        transform: sample -> views.
+        objective: (model, batch) -> the mean over the batch; or several by names that begin with `loss_`, which are summed.
+        evaluation: model in evaluation mode -> scores, the same on every rank.
+        metric: the number that says which epoch was best; higher is better.
+        collate: samples -> batch.
+        facts: see :class:`common.training.task.Task`.
+        optimizer: rate -> the optimiser, in the place of AdamW with layer-wise rates.
+    """
+
+    run: Run
     config: TaskConfig
+    kind: str
+    model: nn.Module
+    source: Any
+    transform: Transform
+    objective: Callable[[nn.Module, Batch], Tensor | dict[str, Tensor]]
+    evaluation: Callable[[nn.Module], Scores]
+    metric: str
+    collate: Collate = collate
+    facts: dict[str, Any] = field(default_factory=dict)
+    optimizer: Callable[[float], torch.optim.Optimizer] | None = None
 
-    def __init__(self, config: TaskConfig, task: Task, samples: Samples, batches: RankBatches, processes: Processes) -> None:
-        self.task, self.collate = task, task.collate
-        super().__init__(config, task.model, samples, batches, processes, task.facts)
+    def __post_init__(self) -> None:
+        self.model.to(self.run.device)
+        decay = getattr(self.config, "model_ema", None)
+        self.ema = EncoderEMA(self.model, decay) if decay else None
         self.scores: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        decay = getattr(config, "model_ema", None)
-        if decay:
-            self.ema = EncoderEMA(self.model, decay)
-        self._resume()
 
-    # --- what the loop asks ---
+    # --- start ---
 
-    @property
-    def total_updates(self) -> int:
-        return self.config.total_updates or super().total_updates
-
-    def _lr_at(self, epoch: float) -> float:
-        if not self.config.total_updates:
-            return super()._lr_at(epoch)
-        done, total = epoch * self.batches.updates, self.config.total_updates
-        return lr_after(done, self.config.warmup_updates, total, self.config, self.peak_lr)
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer(lr)
         config = self.config
         groups = layerwise_groups(self.model, config.layer_decay, config.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(config.beta1, config.beta2))
+        return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2))
 
-    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        require_state_of(self.task.name, state, path)
-        check_same_task(state, path, self.config, self.batches.effective_batch, len(self.samples))
+    def check_same_run(self, state: dict[str, Any], path: Path, effective_batch: int, samples: int) -> None:
+        require_state_of(self.kind, state, path)
+        check_same_task(state, path, self.config, effective_batch, samples)
 
-    def _load_checkpoint(self, path: Path) -> None:
-        if not self.config.eval_only:
-            super()._load_checkpoint(path)
-            return
-        state = read_checkpoint(path)
-        self._check_same_run(state, path)
+    def state_dict(self) -> dict[str, Any]:
+        return {"task": self.kind, "scores": self.scores, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores, self.best = dict(state["scores"]), dict(state["best"])
+
+    def record(self) -> dict[str, Any]:
+        return {"task": self.kind}
+
+    def title(self) -> str:
+        method, start = self.model.encoder.method, self.config.init_from or "random weights"  # type: ignore[union-attr]
+        return f"{self.kind}: {self.config.model} ({method}) from {start}"
+
+    # --- updates and ends ---
+
+    def loss(self, model: nn.Module, batch: Batch, prepared: None) -> Tensor | dict[str, Tensor]:
+        return self.objective(model, batch)
+
+    def after_epoch(self, epoch: int, line: dict[str, Any], sums: dict[str, Any], last: bool) -> str:
+        if (epoch + 1) % self.config.eval_freq and not last:
+            return ""
+        scores = self.evaluate()
+        line.update(scores.numbers)
+        self.scores = {"epoch": epoch, **scores.numbers}
+        if self.scores[self.metric] > self.best.get(self.metric, float("-inf")):
+            self.best = self.scores
+        self._draw(scores)
+        return shown(scores.numbers)
+
+    def evaluate(self) -> Scores:
+        """Scores of the model, or of its moving average where there is one."""
+        judged = self.ema.model if self.ema is not None else self.model
+        judged.eval()
+        self.run.processes.share(judged.buffers())  # each rank has its own statistics of batch norms
+        with torch.no_grad(), self.run.autocast():
+            scores = self.evaluation(judged)
+        self.model.train()
+        return scores
+
+    def _draw(self, scores: Scores) -> None:
+        for name, picture in scores.pictures.items():
+            self.run.log.image(name, picture)
+            if self.run.processes.is_main:
+                save_picture(self.run.output / f"{name}.png", picture)
+
+    def finish(self) -> Outcome:
+        if self.config.pictures and self.run.processes.is_main:
+            self._draw(Scores({}, draw_curves(self.run.log.lines(), self.metric)))
+        numbers = {key: value for key, value in self.scores.items() if key != "epoch"}
+        return Outcome(self.scores, {"best": self.best}, f"{self.kind}: {shown(numbers)}")
+
+    # --- evaluation alone ---
+
+    def evaluate_only(self) -> None:
+        """Evaluates the checkpoint that --resume finds, or the weights as they are; says the numbers, and writes pictures."""
+        if self.run.resumed_from is not None:
+            self._load_weights(self.run.resumed_from)
+        scores = self.evaluate()
+        self.run.log.say(f"{self.kind}: {shown(scores.numbers)}")
+        if self.run.processes.is_main and scores.pictures:
+            try:
+                self.run.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"--output_dir {self.config.output_dir}: {error.strerror}") from None
+            self._draw(scores)
+
+    def _load_weights(self, path: Path) -> None:
+        state = self.read_checkpoint(path)
+        self.check_same_run(state, path, 0, 0)  # batch and samples are not looked at
         kept = {"validation_images"}  # another validation set may be evaluated
         if any(state["facts"].get(key) != value for key, value in self.facts.items() if key not in kept):
             raise BadInput(f"checkpoint {path}: made with {state['facts']}, this evaluation has {self.facts}")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.log.say(f"evaluating {path}, epoch {state['epoch'] + 1}, update {state['update']}")
-
-    def _state_of_task(self) -> dict[str, Any]:
-        return {"task": self.task.name, "scores": self.scores, "best": self.best}
-
-    def _load_state_of_task(self, state: dict[str, Any]) -> None:
-        self.scores, self.best = dict(state["scores"]), dict(state["best"])
-
-    def _announce(self) -> None:
-        facts = run_facts(
-            self.config, None, self.processes, self.resumed_from,
-            task=self.task.name, effective_batch=self.batches.effective_batch, lr=self.peak_lr, precision=str(self.precision),
-            samples=len(self.samples), updates_an_epoch=self.batches.updates, updates=self.total_updates, **self.task.facts,
-        )  # fmt: skip
-        self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates + self.first_update)
-        self.log.say(
-            f"{self.task.name}: {self.config.model} ({self.model.encoder.method}) from "  # type: ignore[union-attr]
-            f"{self.config.init_from or 'random weights'}; {len(self.samples)} samples an epoch, effective batch "
-            f"{self.batches.effective_batch}, {self.total_updates} updates, lr {self.peak_lr:.3g}, "
-            f"{self.device} x {self.processes.world}, {str(self.precision).removeprefix('torch.')}"
-        )
-
-    def _loss(self, batch: Batch, watch: Stopwatch) -> Callable[[], Tensor]:
-        return lambda: self._summed(self.task.loss(self.trained, batch))
-
-    def _summed(self, losses: Tensor | dict[str, Tensor]) -> Tensor:
-        """The sum of named losses, each of which is also counted; the log shows those of the main rank."""
-        if isinstance(losses, Tensor):
-            return losses
-        self._add(**{name: float(value.detach()) / self.config.accum_iter for name, value in losses.items()})
-        return torch.stack(list(losses.values())).sum()
-
-    def _after_epoch(self, epoch: int, line: dict[str, Any]) -> None:
-        terms = {name: value / self.meters["updates"] for name, value in self.meters.items() if name.startswith("loss_")}
-        line.update(terms)
-        if (epoch + 1) % self.config.eval_freq and epoch + 1 != self.epochs:
-            return
-        scores = self.evaluate()
-        line.update(scores.numbers)
-        self.scores = {"epoch": epoch, **scores.numbers}
-        if self.scores[self.task.metric] > self.best.get(self.task.metric, float("-inf")):
-            self.best = self.scores
-        self._draw(scores, self._updates_after(epoch))
-
-    def _told(self, line: dict[str, Any]) -> str:
-        return shown({key: line[key] for key in self.scores if key != "epoch" and key in line})
-
-    def evaluate(self) -> Scores:
-        """Scores of the model, or of its moving average where there is one."""
-        judged = self.ema.model if self.ema is not None else self.model
-        judged.eval()
-        self.processes.share(judged.buffers())  # each rank has its own statistics of batch norms
-        with torch.no_grad(), self._autocast():
-            scores = self.task.evaluate(judged)
-        self.model.train()
-        return scores
-
-    def evaluate_only(self) -> None:
-        """Evaluates, says the numbers, and writes pictures."""
-        scores = self.evaluate()
-        self.log.say(f"{self.task.name}: {shown(scores.numbers)}")
-        if self.processes.is_main and scores.pictures:
-            try:
-                Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise BadInput(f"--output_dir {self.config.output_dir}: {error.strerror}") from None
-            self._draw(scores, 0)
-
-    def _draw(self, scores: Scores, update: int) -> None:
-        for name, picture in scores.pictures.items():
-            self.log.image(name, picture, update)
-            if self.processes.is_main:
-                save_picture(Path(self.config.output_dir) / f"{name}.png", picture)
-
-    def _finish(self) -> None:
-        if self.config.pictures and self.processes.is_main:
-            self._draw(Scores({}, draw_curves(self.log.lines(), self.task.metric)), self.total_updates)
-        self.log.close()
-        path = self.log.result(self.task.name, self.config, self.scores, best=self.best, facts=self.task.facts)
-        self.log.say(f"{self.task.name}: {shown({key: self.scores[key] for key in self.scores if key != 'epoch'})}")
-        self._say_where()
-        self.log.say(f"result       {path}")
-        self.processes.barrier()
+        self.run.log.say(f"evaluating {path}, epoch {state['epoch'] + 1}, update {state['update']}")
 
 
 def _free_in_evaluation(config: TaskConfig) -> frozenset[str]:
@@ -319,12 +277,11 @@ def with_method(config: AnyTask) -> AnyTask:
     return replace(config, method=choose_method(config))
 
 
-def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: type[Supervised] = Supervised) -> None:
+def train_task(config: TaskConfig, build: Callable[[Run], SupervisedTask]) -> None:
     """Trains, or evaluates under --eval_only, from the command line's configuration to result.json.
 
     Args:
         build: makes the task; the weights it starts from are drawn from --seed or loaded by it.
-        kind: of the run.
 
     Raises:
         BadInput: nothing usable in the data, the flags or the checkpoint.
@@ -333,14 +290,15 @@ def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: typ
     """
     processes = start_processes(config.device, config.dist_timeout)
     try:
+        run = Run(config, processes)
         torch.manual_seed(config.seed)  # the same weights on every rank
-        task = build(processes)
+        task = build(run)
         samples = Samples(task.source, task.transform, config.seed, config.repeat)
-        run = kind(config, task, samples, RankBatches(len(samples), config, processes), processes)
+        batches = RankBatches(len(samples), config, processes)
         if config.eval_only:
-            run.evaluate_only()
+            task.evaluate_only()
         else:
-            run.run()
+            Loop(run, task, samples, batches).train()
     finally:
         processes.close()
 

@@ -21,7 +21,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,30 @@ def find_resume(config: RunConfig) -> Path | None:
 def check_same_run(
     state: dict[str, Any], path: Path, config: TrainConfig, mask_config: MaskConfig, effective_batch: int, samples: int
 ) -> None:
-    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run with these settings."""
+    """Raises BadInput, naming what differs, unless the checkpoint belongs to a pre-training run with these settings."""
     if "config" not in state or "mask" not in state:
         raise BadInput(f"checkpoint {path}: has no training state to resume; --init_from takes its weights")
-    differs = differences(state["config"], asdict(config), FREE_TO_CHANGE) + differences(
-        state["mask_config"], asdict(mask_config)
-    )
+    check_same_settings(state, path, config, effective_batch, samples, mask_config)
+
+
+def check_same_settings(
+    state: dict[str, Any],
+    path: Path,
+    config: RunConfig,
+    effective_batch: int,
+    samples: int,
+    mask_config: MaskConfig | None = None,
+    free: frozenset[str] = FREE_TO_CHANGE,
+) -> None:
+    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run with these settings.
+
+    Args:
+        effective_batch: images an update.
+        samples: images an epoch.
+        free: flags that may differ.
+    """
+    differs = differences(state["config"], config, free)
+    differs += differences(state["mask_config"], mask_config) if mask_config is not None else []
     for name, value in (("effective_batch", effective_batch), ("samples", samples)):
         if state[name] != value:
             differs.append(f"{name} {state[name]} -> {value}")
@@ -116,12 +134,24 @@ def check_same_run(
         raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
 
 
-def differences(saved: dict[str, Any], mine: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
-    """A line `--flag saved -> mine` for each value that differs, flags in `free` left out."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in mine.items()}
-    held = {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
-    keys = sorted((set(plain) | set(held)) - free)
-    return [f"--{key} {held.get(key)!r} -> {plain.get(key)!r}" for key in keys if held.get(key) != plain.get(key)]
+def differences(saved: dict[str, Any], config: Any, free: frozenset[str] = frozenset()) -> list[str]:
+    """A line `--flag saved -> now` for each flag that differs, those in `free` left out.
+
+    A flag that is newer than the checkpoint counts as its default, with which a run does what it did before there was the flag.
+
+    Args:
+        saved: flags of the run that wrote the checkpoint.
+        config: a dataclass of flags.
+    """
+    defaults = {flag.name: flag.default for flag in fields(config)}
+    now, before = _comparable(asdict(config)), _comparable({**defaults, **saved})
+    names = sorted({*now, *before} - free)
+    return [f"--{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names if before.get(name) != now.get(name)]
+
+
+def _comparable(flags: dict[str, Any]) -> dict[str, Any]:
+    """Pairs as lists, whether they were written as such or as tuples."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flags.items()}
 
 
 def load_weights(model: nn.Module, path: Path, may_miss: tuple[str, ...] = ()) -> str:

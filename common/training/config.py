@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from common.flags import WideHelp, add_flag, add_mask_flags, mask_config_from, mask_options, scalar_type
 from common.flags import option as option  # commands import it from here
@@ -23,6 +23,15 @@ from common.training.errors import BadInput, Parser
 
 Interpolation = Literal["bicubic", "bilinear"]
 LrSchedule = Literal["cosine", "multistep", "poly"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+class Length(NamedTuple):
+    """Length of a run and of its warm-up, in epochs or in updates."""
+
+    total: float
+    warmup: float
+    unit: Literal["epochs", "updates"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,11 @@ class RunConfig:
                 self._require(name, getattr(self, name) in get_args(hint), f"must be one of {', '.join(get_args(hint))}")
 
     @property
+    def length(self) -> Length:
+        """How long the run is."""
+        return Length(self.epochs, self.warmup_epochs, "epochs")
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels; (0, 0) if it cannot be read."""
         words = self.input_size.lower().split("x")
@@ -154,7 +168,7 @@ class LoopConfig(RunConfig):
         BadInput: a value outside its range, naming the flag.
     """
 
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+    precision: Precision = option(
         "auto", "auto: bf16 autocast on a GPU, fp32 on a CPU; fp16 uses a gradient scaler", group="optimisation"
     )
     compile: bool = option(False, "torch.compile the training step (the attention pass stays eager)", group="optimisation")

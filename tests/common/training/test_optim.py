@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from common.training.config import TrainConfig
-from common.training.optim import EncoderEMA, absolute_lr, lr_after, lr_at, make_optimizer
+from common.training.optim import EncoderEMA, Schedule, absolute_lr, lr_after, make_optimizer
+
+
+def lr_at(epoch: int, config: TrainConfig, peak: float) -> float:
+    """Of the first update of an epoch."""
+    return Schedule(config, 1, peak).lr_at(epoch, 0)
 
 
 def test_learning_rate_by_hand() -> None:
@@ -74,7 +79,7 @@ def test_poly_schedule_by_hand() -> None:
 
 
 def test_schedules_in_updates_and_in_epochs_agree() -> None:
-    """lr_after takes any unit; lr_at is that of epochs."""
+    """lr_after takes any unit; a schedule of --epochs counts in epochs."""
     for schedule in ("cosine", "multistep", "poly"):
         config = TrainConfig(lr_schedule=schedule, epochs=20, warmup_epochs=4, lr_milestones="0.5,0.875", min_lr=1e-3)  # type: ignore[arg-type]
         for epoch in (0.0, 1.5, 4.0, 9.9, 10.0, 17.5, 19.99):
