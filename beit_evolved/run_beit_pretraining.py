@@ -17,7 +17,8 @@ from torchvision.transforms.functional import resized_crop, to_tensor
 from beit_evolved.model import MODELS
 from beit_evolved.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from common.mask_config import Strategy
-from common.training.config import option, parse_arguments, with_default
+from common.training.command_line import parse_arguments
+from common.training.config import option, with_default
 from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Batch, picture_transform
 from common.training.engine import PretrainingMethod, pretrain
 from common.training.errors import run_cli

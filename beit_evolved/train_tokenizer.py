@@ -20,11 +20,13 @@ from torch.nn import functional
 
 from beit_evolved.tokenizer import OWN_FILE, DiscreteVAE, to_plus_minus_one
 from common.training.checkpoint import check_same_settings, read_checkpoint, save_atomically
-from common.training.config import LoopConfig, Precision, option, parse_flags, with_default
+from common.training.command_line import parse_flags
+from common.training.config import AdamWConfig, EpochsConfig, ImageSetConfig, Precision, RunConfig, option, with_default
 from common.training.data import Batch, RankBatches, Samples, colour_transform
 from common.training.distributed import start_processes
 from common.training.errors import BadInput, run_cli
 from common.training.loop import Loop
+from common.training.optim import make_optimizer
 from common.training.sources import open_source
 from common.training.task import Outcome, Run, Task
 
@@ -36,18 +38,18 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(LoopConfig):
+class TokenizerConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
     """Flags of the tokenizer's training. The schedules are DALL-E's in kind; its run is 3 million updates long."""
 
-    input_size: str = with_default(LoopConfig, "input_size", "112")
-    crop_scale: tuple[float, float] = with_default(LoopConfig, "crop_scale", (0.08, 1.0))
-    epochs: int = with_default(LoopConfig, "epochs", 20)
-    blr: float = with_default(LoopConfig, "blr", 1e-3)
-    warmup_epochs: float = with_default(LoopConfig, "warmup_epochs", 1)
-    weight_decay: float = with_default(LoopConfig, "weight_decay", 0.0)
-    beta2: float = with_default(LoopConfig, "beta2", 0.999)
-    precision: Precision = with_default(LoopConfig, "precision", "fp32")
-    clip_grad: float | None = with_default(LoopConfig, "clip_grad", 1.0)
+    input_size: str = with_default(ImageSetConfig, "input_size", "112")
+    crop_scale: tuple[float, float] = with_default(ImageSetConfig, "crop_scale", (0.08, 1.0))
+    epochs: int = with_default(EpochsConfig, "epochs", 20)
+    blr: float = with_default(EpochsConfig, "blr", 1e-3)
+    warmup_epochs: float = with_default(EpochsConfig, "warmup_epochs", 1)
+    weight_decay: float = with_default(RunConfig, "weight_decay", 0.0)
+    beta2: float = with_default(AdamWConfig, "beta2", 0.999)
+    precision: Precision = with_default(RunConfig, "precision", "fp32")
+    clip_grad: float | None = with_default(RunConfig, "clip_grad", 1.0)
 
     vocabulary: int = option(8192, "codes", group="tokenizer")
     code_width: int = option(512, "width of a code's vector", group="tokenizer")
@@ -129,6 +131,9 @@ class TokenizerTask(Task):
         self.counts = self._no_counts()  # of the codes of this rank's images since the last update
 
     # --- start ---
+
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.config, lr)
 
     def read_checkpoint(self, path: Path) -> dict[str, Any]:
         return read_state(path, len(self.samples))

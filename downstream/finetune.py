@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from common.training.checkpoint import find_resume, read_checkpoint
-from common.training.config import RunConfig, option, with_default
+from common.training.config import EpochsConfig, ImageSetConfig, RunConfig, option, with_default
 from common.training.data import Batch, denormalise
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
@@ -39,7 +40,9 @@ from downstream.training import (
     Scores,
     SupervisedTask,
     TaskConfig,
+    TunedEncoderConfig,
     evaluation_batches,
+    layerwise_adamw,
     make_encoder,
     parse_task,
     say_once,
@@ -56,7 +59,7 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TaskConfig):
+class FinetuneConfig(EpochsConfig, TunedEncoderConfig, ImageSetConfig, TaskConfig):
     """Flags of fine-tuning."""
 
     pool: Literal["mean", "cls"] = option(
@@ -66,9 +69,11 @@ class FinetuneConfig(TaskConfig):
     )
     subset: int = option(0, "train on so many images, drawn evenly over the classes by --seed; 0: all", group="data")
     batch_size: int = with_default(RunConfig, "batch_size", 128)
-    blr: float = with_default(RunConfig, "blr", 5e-4)
+    epochs: int = with_default(EpochsConfig, "epochs", 100)
+    warmup_epochs: float = with_default(EpochsConfig, "warmup_epochs", 5)
+    blr: float = with_default(EpochsConfig, "blr", 5e-4)
     min_lr: float = with_default(RunConfig, "min_lr", 1e-6)
-    crop_scale: tuple[float, float] = with_default(RunConfig, "crop_scale", (0.08, 1.0))
+    crop_scale: tuple[float, float] = with_default(ImageSetConfig, "crop_scale", (0.08, 1.0))
     auto_augment: str = option("rand-m9-mstd0.5-inc1", "timm's RandAugment; empty: none", group="data")
     color_jitter: float = option(0.0, "brightness, contrast and saturation, where --auto_augment is empty", group="data")
     random_erasing: float = option(0.25, "share of images with a rectangle of noise", group="data")
@@ -208,6 +213,8 @@ def make_task(config: FinetuneConfig, run: Run) -> SupervisedTask:
         objective=MixedLoss(config, len(train.classes)),
         evaluation=Evaluation(config, val, processes),
         metric="top1",
+        optimizer=partial(layerwise_adamw, model, config),
+        ema_decay=config.model_ema,
         facts={"classes": len(train.classes), "validation_images": len(val)},
     )
 

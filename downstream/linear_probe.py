@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from common.training.checkpoint import find_resume, read_checkpoint
-from common.training.config import RunConfig, option, with_default
+from common.training.config import EpochsConfig, FormerFlag, ImageSetConfig, RunConfig, option, with_default
 from common.training.data import Batch, training_transform
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
@@ -51,8 +51,16 @@ KNN_TEMPERATURE = 0.07
 
 
 @dataclass(frozen=True)
-class ProbeConfig(TaskConfig):
+class ProbeConfig(EpochsConfig, ImageSetConfig, TaskConfig):
     """Flags of the linear probe."""
+
+    former_flags: ClassVar[dict[str, FormerFlag]] = {
+        "drop_path": FormerFlag(0.0, "has no effect on linear probing: the encoder is frozen"),
+        "layer_decay": FormerFlag(1.0, "has no effect on linear probing: the encoder is frozen"),
+        "checkpointing": FormerFlag(False, "has no effect on linear probing: the encoder has no backward pass"),
+        "beta1": FormerFlag(0.9, "has no effect on linear probing: LARS has no betas"),
+        "beta2": FormerFlag(0.999, "has no effect on linear probing: LARS has no betas"),
+    }
 
     layer: str = option(
         "-1",
@@ -88,24 +96,21 @@ class ProbeConfig(TaskConfig):
     subset: int = option(0, "train on so many images, drawn evenly over the classes by --seed; 0: all", group="data")
     crop_pct: float = option(0.875, "validation: side of the middle crop as a share of the shorter side", group="data")
     batch_size: int = with_default(RunConfig, "batch_size", 512)
-    crop_scale: tuple[float, float] = with_default(RunConfig, "crop_scale", (0.08, 1.0))
+    crop_scale: tuple[float, float] = with_default(ImageSetConfig, "crop_scale", (0.08, 1.0))
     blr: float = option(
         0.1,
         "base learning rate of LARS, for an effective batch of --blr_batch. Trap: it is for LARS and batch 16384; with a small "
         "batch or few epochs try more",
         group="optimisation",
     )
-    epochs: int = with_default(RunConfig, "epochs", 90)
-    warmup_epochs: float = with_default(RunConfig, "warmup_epochs", 10)
+    epochs: int = with_default(EpochsConfig, "epochs", 90)
+    warmup_epochs: float = with_default(EpochsConfig, "warmup_epochs", 10)
     weight_decay: float = option(0.0, "of LARS, not on biases", group="optimisation")
-    drop_path: float = option(0.0, "not used: the encoder is frozen", group="model")
-    layer_decay: float = option(1.0, "not used: the encoder is frozen", group="optimisation")
+    pictures: int = option(4, "0: no curves of the training", group="run")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(0, "subset")
-        self._require("drop_path", self.drop_path == 0, "must be 0: the encoder is frozen")
-        self._require("layer_decay", self.layer_decay == 1, "must be 1: the encoder is frozen")
         self._require("layer", bool(self.layers), f"must be all, or blocks of 0 to {self.depth - 1} such as 5,8,-1")
         alone = len(self.layers) == 1 or self.clip_grad is None
         self._require("clip_grad", alone, "must be left out for several layers: it would tie their heads together")

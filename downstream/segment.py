@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.training.checkpoint import find_resume
-from common.training.config import Length, LrSchedule, RunConfig, option, with_default
+from common.training.config import FormerFlag, Length, LrSchedule, RunConfig, option, with_default
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
@@ -45,7 +46,9 @@ from downstream.training import (
     Scores,
     SupervisedTask,
     TaskConfig,
+    TunedEncoderConfig,
     evaluation_batches,
+    layerwise_adamw,
     make_encoder,
     parse_task,
     say_once,
@@ -58,27 +61,30 @@ DESCRIPTION = (
     "Defaults are ADE20K at 512 pixels for 80k updates of 16 images."
 )
 
-_NO_EFFECT = {
-    "dataset": "--data_path",
-    "download": "--data_path",
-    "crop_scale": "--scale",
-    "interpolation": "--scale",
-    "epochs": "--iterations",
-    "warmup_epochs": "--warmup_iterations",
-    "blr": "--lr",
-    "blr_batch": "--lr",
+FORMER_FLAGS = {
+    name: FormerFlag(neutral, f"has no effect on segmentation: --{flag} says it")
+    for name, neutral, flag in (
+        ("dataset", "auto", "data_path"),
+        ("download", False, "data_path"),
+        ("crop_scale", (0.2, 1.0), "scale"),
+        ("interpolation", "bicubic", "scale"),
+        ("epochs", 100, "iterations"),
+        ("warmup_epochs", 5.0, "warmup_iterations"),
+        ("blr", 1.5e-4, "lr"),
+        ("blr_batch", 256, "lr"),
+    )
 }
-"""Flags of other tasks, and what says it here."""
 
 
 @dataclass(frozen=True)
-class SegmentConfig(TaskConfig):
+class SegmentConfig(TunedEncoderConfig, TaskConfig):
     """Flags of segmentation.
 
     Raises:
         BadInput: a value outside its range, naming the flag.
     """
 
+    former_flags: ClassVar[dict[str, FormerFlag]] = FORMER_FLAGS
     evaluation_flags: ClassVar[tuple[str, ...]] = ("inference", "slide_stride", "test_scales", "test_flip")
 
     data_path: str = option(
@@ -119,9 +125,6 @@ class SegmentConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, instead in _NO_EFFECT.items():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise BadInput(f"--{name} has no effect on segmentation: {instead} says it")
         self._require("data_path", bool(self.data_path), "must name a folder in ADE20K's layout")
         self._at_least(1, "iterations", "auxiliary_channels")
         self._at_least(0, "classes", "warmup_iterations", "auxiliary_weight", "decoder_channels", "slide_stride")
@@ -252,6 +255,7 @@ def build(config: SegmentConfig, run: Run) -> SupervisedTask:
         objective=make_loss(config, processes),
         evaluation=Evaluation(config, validation, names, processes),
         metric="mIoU",
+        optimizer=partial(layerwise_adamw, model, config),
         facts={"classes": names, "feature_blocks": list(model.blocks)},
     )
 

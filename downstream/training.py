@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from common.models.names import patch_size_of
 from common.training.checkpoint import FREE_TO_CHANGE, check_same_settings, differences, find_resume, read_checkpoint
-from common.training.config import LoopConfig, RunConfig, option, parse_flags, with_default
+from common.training.command_line import parse_flags
+from common.training.config import AdamWConfig, RunConfig, option, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, make_loader
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput
@@ -31,7 +32,7 @@ from downstream.weights import find_encoder, load_encoder
 
 
 @dataclass(frozen=True)
-class TaskConfig(LoopConfig):
+class TaskConfig(RunConfig):
     """Flags of every downstream task.
 
     Raises:
@@ -46,16 +47,11 @@ class TaskConfig(LoopConfig):
         "auto", "whose encoder; auto: read from --init_from, mae without one", group="model"
     )
     init_from: str = option("", "pre-trained checkpoint, ours or official; empty: random weights", group="model")
-    drop_path: float = option(0.1, "rate at the last block, growing linearly from 0", group="model")
     layer_scale: float | None = option(
         None,
         "BEiT, SimMIM: first value of the factors on branches, without --init_from (default: 0.1; official BEiT-L: 1e-5); "
         "0: there are none, nor in --init_from",
         group="model",
-    )
-    checkpointing: bool = option(False, "compute each block again in the backward pass: less memory, more time", group="model")
-    layer_decay: float = option(
-        0.65, "each block's learning rate is this times that of the next one; 1: all alike", group="optimisation"
     )
     eval_freq: int = option(1, "evaluate every so many epochs, and after the last", group="run")
     eval_only: bool = option(
@@ -64,9 +60,6 @@ class TaskConfig(LoopConfig):
         group="run",
     )
     pictures: int = option(4, "how many validation images are drawn with predictions; 0: none", group="run")
-    epochs: int = with_default(RunConfig, "epochs", 100)
-    warmup_epochs: float = with_default(RunConfig, "warmup_epochs", 5)
-    beta2: float = with_default(RunConfig, "beta2", 0.999)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,11 +68,37 @@ class TaskConfig(LoopConfig):
         if self.layer_scale is not None:
             self._at_least(0, "layer_scale")
         self._require("model", self.model in MODELS, f"must be one of {', '.join(MODELS)}")
-        self._require("drop_path", 0 <= self.drop_path < 1, "must be in [0, 1)")
-        self._require("layer_decay", 0 < self.layer_decay <= 1, "must be in (0, 1]")
         patch = patch_size_of(self.model)
         divisible = not any(size % patch for size in self.image_size)
         self._require("input_size", divisible, f"must be divisible by the patch size {patch} of {self.model}")
+
+    @property
+    def encoder_options(self) -> dict[str, Any]:
+        """Arguments of the encoder besides its size and method."""
+        return {} if self.layer_scale is None else {"layer_scale": self.layer_scale}
+
+
+@dataclass(frozen=True)
+class TunedEncoderConfig(AdamWConfig):
+    """Flags of a task that trains the encoder, and not only a head on it."""
+
+    drop_path: float = option(0.1, "rate at the last block, growing linearly from 0", group="model")
+    checkpointing: bool = option(False, "compute each block again in the backward pass: less memory, more time", group="model")
+    layer_decay: float = option(
+        0.65, "each block's learning rate is this times that of the next one; 1: all alike", group="optimisation"
+    )
+    beta2: float = with_default(AdamWConfig, "beta2", 0.999)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("drop_path", 0 <= self.drop_path < 1, "must be in [0, 1)")
+        self._require("layer_decay", 0 < self.layer_decay <= 1, "must be in (0, 1]")
+
+    @property
+    def encoder_options(self) -> dict[str, Any]:
+        """Arguments of the encoder besides its size and method."""
+        others: dict[str, Any] = super().encoder_options  # type: ignore[misc]
+        return {**others, "drop_path": self.drop_path, "checkpointing": self.checkpointing}
 
 
 AnyTask = TypeVar("AnyTask", bound=TaskConfig)
@@ -122,7 +141,7 @@ def check_same_task(state: dict[str, Any], path: Path, config: TaskConfig, effec
 
 @dataclass(eq=False)
 class SupervisedTask(Task):
-    """A task with labels: layer-wise learning rates, and evaluation at the ends of epochs.
+    """A task with labels, and evaluation at the ends of epochs.
 
     Attributes:
         run: what surrounds it.
@@ -134,9 +153,10 @@ class SupervisedTask(Task):
         objective: (model, batch) -> the mean over the batch; or several by names that begin with `loss_`, which are summed.
         evaluation: model in evaluation mode -> scores, the same on every rank.
         metric: the number that says which epoch was best; higher is better.
+        optimizer: learning rate -> the optimiser.
         collate: samples -> batch.
         facts: see :class:`common.training.task.Task`.
-        optimizer: rate -> the optimiser, in the place of AdamW with layer-wise rates.
+        ema_decay: of the moving average of the weights that is evaluated; 0: the weights themselves are.
     """
 
     run: Run
@@ -148,25 +168,21 @@ class SupervisedTask(Task):
     objective: Callable[[nn.Module, Batch], Tensor | dict[str, Tensor]]
     evaluation: Callable[[nn.Module], Scores]
     metric: str
+    optimizer: Callable[[float], torch.optim.Optimizer]
     collate: Collate = collate
     facts: dict[str, Any] = field(default_factory=dict)
-    optimizer: Callable[[float], torch.optim.Optimizer] | None = None
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         self.model.to(self.run.device)
-        decay = getattr(self.config, "model_ema", None)
-        self.ema = EncoderEMA(self.model, decay) if decay else None
+        self.ema = EncoderEMA(self.model, self.ema_decay) if self.ema_decay else None
         self.scores: dict[str, float] = {}
         self.best: dict[str, float] = {}
 
     # --- start ---
 
     def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
-        if self.optimizer is not None:
-            return self.optimizer(lr)
-        config = self.config
-        groups = layerwise_groups(self.model, config.layer_decay, config.weight_decay)
-        return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2))
+        return self.optimizer(lr)
 
     def check_same_run(self, state: dict[str, Any], path: Path, effective_batch: int, samples: int) -> None:
         require_state_of(self.kind, state, path)
@@ -252,7 +268,7 @@ class SupervisedTask(Task):
 
 def _free_in_evaluation(config: TaskConfig) -> frozenset[str]:
     """Flags that may differ from those of the run whose weights are evaluated."""
-    others = {one.name for one in fields(config) if one.metadata.get("group") != "model"}
+    others = {flag.name for flag in fields(config) if flag.metadata["group"] != "model"}
     return frozenset(others - {"input_size", "model_ema"}) | FREE_IN_EVALUATION
 
 
@@ -325,12 +341,8 @@ def make_encoder(
         more: see :class:`Encoder`.
     """
     method = choose_method(config)
-    if config.layer_scale is not None:
-        more["layer_scale"] = config.layer_scale
     try:
-        encoder = build_encoder(
-            config.model, method, config.image_size, drop_path=config.drop_path, checkpointing=config.checkpointing, **more
-        )
+        encoder = build_encoder(config.model, method, config.image_size, **config.encoder_options, **more)
     except ValueError as error:
         raise BadInput(f"--model {config.model}: {error}") from None
     path = config.init_from if weights is None else weights
@@ -362,6 +374,12 @@ def choose_method(config: TaskConfig) -> Method:
     if len(methods) > 1:
         raise BadInput(f"--init_from {path}: made by {' or '.join(methods)}, which it does not say; give --method")
     return methods[0]
+
+
+def layerwise_adamw(model: nn.Module, config: TunedEncoderConfig, lr: float) -> torch.optim.Optimizer:
+    """AdamW with the groups of :func:`layerwise_groups`."""
+    groups = layerwise_groups(model, config.layer_decay, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2))
 
 
 def layerwise_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:

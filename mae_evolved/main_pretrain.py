@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.training.config import TrainConfig, option, parse_arguments
+from common.training.command_line import parse_arguments
+from common.training.config import TrainConfig, option
 from common.training.data import picture_transform, training_transform
 from common.training.engine import PretrainingMethod, pretrain
 from common.training.engine import reconstruction_loss as _loss

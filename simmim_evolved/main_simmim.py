@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.mask_config import Strategy
-from common.training.config import Interpolation, LrSchedule, option, parse_arguments, with_default
+from common.training.command_line import parse_arguments
+from common.training.config import Interpolation, LrSchedule, option, with_default
 from common.training.data import picture_transform, training_transform
 from common.training.engine import PretrainingMethod, pretrain, reconstruction_loss
 from common.training.errors import run_cli

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from common.mask_config import MaskConfig
 from common.training.checkpoint import check_same_run, find_resume, read_checkpoint
-from common.training.config import RunConfig, TrainConfig, parse_arguments, parse_flags
+from common.training.command_line import parse_arguments, parse_flags
+from common.training.config import ImageSetConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput, Parser, run_cli
 from common.training.sources import find_images, open_source
 from downstream.training import TaskConfig, check_same_task, with_method
@@ -151,7 +152,7 @@ def check_data(module: str, config: RunConfig) -> None:
     own = getattr(importlib.import_module(module), "check_data", None)
     if own is not None:
         own(config)
-    elif not config.data_path or config.dataset not in ("auto", "folder"):
+    elif isinstance(config, ImageSetConfig) and (not config.data_path or config.dataset not in ("auto", "folder")):
         open_source(config)
     elif not has_image(Path(config.data_path)):
         find_images(Path(config.data_path))

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from common.mask_config import MaskConfig
-from common.training.config import RunConfig, TrainConfig
+from common.training.config import OutputConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput
 
 LAST = "checkpoint-last.pth"
@@ -85,7 +85,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def find_resume(config: RunConfig) -> Path | None:
+def find_resume(config: OutputConfig) -> Path | None:
     """The checkpoint that a run continues. The first that applies:
 
     1. --resume PATH: that file; it must exist.
@@ -138,6 +138,7 @@ def differences(saved: dict[str, Any], config: Any, free: frozenset[str] = froze
     """A line `--flag saved -> now` for each flag that differs, those in `free` left out.
 
     A flag that is newer than the checkpoint counts as its default, with which a run does what it did before there was the flag.
+    One that the command had without using it (`former_flags`) does not count.
 
     Args:
         saved: flags of the run that wrote the checkpoint.
@@ -145,7 +146,7 @@ def differences(saved: dict[str, Any], config: Any, free: frozenset[str] = froze
     """
     defaults = {flag.name: flag.default for flag in fields(config)}
     now, before = _comparable(asdict(config)), _comparable({**defaults, **saved})
-    names = sorted({*now, *before} - free)
+    names = sorted({*now, *before} - free - getattr(config, "former_flags", {}).keys())
     return [f"--{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names if before.get(name) != now.get(name)]
 
 

@@ -27,7 +27,7 @@ from common.training.data import Batch, RankBatches, Samples, Transform, denorma
 from common.training.distributed import start_processes
 from common.training.errors import BadInput
 from common.training.loop import Loop
-from common.training.optim import EncoderEMA
+from common.training.optim import EncoderEMA, make_optimizer
 from common.training.sources import Source, open_source
 from common.training.task import Outcome, Run, Task
 from common.visualize import MaskPictures
@@ -155,6 +155,9 @@ class PretrainingTask(Task):
         self.pictures = MaskPictures(folder, source, method.picture_transform, denormalise, mask, config.picture_images)
 
     # --- start ---
+
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.config, lr)
 
     def check_same_run(self, state: dict[str, Any], path: Path, effective_batch: int, samples: int) -> None:
         check_same_run(state, path, self.config, self.mask_config, effective_batch, samples)

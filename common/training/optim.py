@@ -9,14 +9,17 @@ import torch
 from torch import nn
 
 from common.moving_average import EncoderEMA
-from common.training.config import RunConfig
+from common.training.config import AdamWConfig, EpochsConfig, OptimisationConfig, RunConfig
 
 __all__ = ["EncoderEMA", "Schedule", "absolute_lr", "lr_after", "make_optimizer"]
 
 
-def absolute_lr(config: RunConfig, effective_batch: int) -> float:
-    """--lr, or blr * effective batch / blr_batch (the linear scaling rule)."""
-    return config.lr if config.lr is not None else config.blr * effective_batch / config.blr_batch
+def absolute_lr(config: OptimisationConfig, effective_batch: int) -> float:
+    """--lr, or where there is none blr * effective batch / blr_batch (the linear scaling rule)."""
+    if config.lr is not None:
+        return config.lr
+    assert isinstance(config, EpochsConfig)
+    return config.blr * effective_batch / config.blr_batch
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Schedule:
         return lr_after(done, length.warmup, length.total, self.config, self.peak)
 
 
-def lr_after(done: float, warmup: float, total: float, config: RunConfig, peak: float) -> float:
+def lr_after(done: float, warmup: float, total: float, config: OptimisationConfig, peak: float) -> float:
     """Learning rate: linear warm-up, then the schedule that the configuration names.
 
     Args:
@@ -83,7 +86,7 @@ def _ramp(done: float, warmup: float, start: float) -> float:
     return 1.0 if done >= warmup else start + (1 - start) * done / warmup
 
 
-def make_optimizer(model: nn.Module, config: RunConfig, lr: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: AdamWConfig, lr: float) -> torch.optim.AdamW:
     """AdamW; weights in the second group; biases, everything one-dimensional and `model.no_weight_decay` in the first.
 
     The order of the groups is that of the official optimizer state of MAE and BEiT, so that it loads here and there.

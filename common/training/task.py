@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from common.training.checkpoint import find_resume, read_checkpoint
-from common.training.config import LoopConfig
+from common.training.config import RunConfig
 from common.training.data import Batch, collate
 from common.training.distributed import Processes
 from common.training.errors import BadInput
-from common.training.optim import EncoderEMA, make_optimizer
+from common.training.optim import EncoderEMA
 from common.training.runlog import RunLog
 
 Collate = Callable[[list[Any]], Batch]
@@ -36,7 +36,7 @@ class Run:
         BadInput: a precision that the device does not have.
     """
 
-    def __init__(self, config: LoopConfig, processes: Processes) -> None:
+    def __init__(self, config: RunConfig, processes: Processes) -> None:
         self.config, self.processes, self.device = config, processes, processes.device
         self.precision = choose_precision(config, self.device)
         self.log = RunLog(config, processes)
@@ -102,9 +102,9 @@ class Task(ABC):
 
     # --- start ---
 
+    @abstractmethod
     def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
         """The optimiser, `lr` being the rate after the warm-up; groups may have a factor `lr_scale`."""
-        return make_optimizer(self.model, self.run.config, lr)
 
     def read_checkpoint(self, path: Path) -> dict[str, Any]:
         """The state in `path` in the present layout (common/training/checkpoint.py)."""
@@ -207,7 +207,7 @@ def split_tallies(tallies: dict[str, Tensor], summed: Sequence[float]) -> dict[s
     return named
 
 
-def choose_precision(config: LoopConfig, device: torch.device) -> torch.dtype:
+def choose_precision(config: RunConfig, device: torch.device) -> torch.dtype:
     """The type that --precision names for this device.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
-from common.training.config import RunConfig
+from common.training.config import ImageSetConfig
 from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Transform
 from common.training.errors import BadInput
 from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource, FileSource, ImageSource, is_image, read_idx
@@ -84,7 +84,7 @@ def draw_subset(whole: Labelled, count: int, seed: int) -> Labelled | Subset:
     return Subset(whole, order[turn.argsort(stable=True)[:count]].sort().values.tolist())
 
 
-def open_labelled(config: RunConfig, train: bool) -> Labelled:
+def open_labelled(config: ImageSetConfig, train: bool) -> Labelled:
     """The training or the validation set that --dataset and --data_path name.
 
     Raises:
@@ -110,7 +110,7 @@ def same_classes(train: Labelled, val: Labelled, where: str) -> None:
         raise BadInput(f"--data_path {where}: train and val have different classes: {', '.join(differ[:8])}")
 
 
-def _folder(config: RunConfig, train: bool) -> Labelled:
+def _folder(config: ImageSetConfig, train: bool) -> Labelled:
     if not config.data_path:
         raise BadInput("--data_path is needed: a folder with train/<class>/ and val/<class>/")
     folder = Path(config.data_path) / ("train" if train else "val")
@@ -125,7 +125,7 @@ def _folder(config: RunConfig, train: bool) -> Labelled:
     return Labelled(FileSource([path for path, _ in found]), [label for _, label in found], classes)
 
 
-def _named_set(kind: str, config: RunConfig, train: bool) -> tuple[np.ndarray, Any, list[str]]:
+def _named_set(kind: str, config: ImageSetConfig, train: bool) -> tuple[np.ndarray, Any, list[str]]:
     """Images uint8 [n, H, W(, 3)], labels, names."""
     root, download = config.data_path, config.download
     if kind == "fashion-mnist" and not download and (folder := _debian_folder(root)):

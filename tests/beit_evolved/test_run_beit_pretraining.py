@@ -13,7 +13,7 @@ from torch import Tensor
 from beit_evolved.model import BEiT
 from beit_evolved.run_beit_pretraining import PROGRAM, BEiTConfig, TokenLoss, TwoViews, build, main
 from common.training.checkpoint import LAST
-from common.training.config import parse_arguments
+from common.training.command_line import parse_arguments
 from common.training.data import Batch, denormalise, seeded
 from common.training.errors import BadInput
 from common.training.optim import absolute_lr, lr_at

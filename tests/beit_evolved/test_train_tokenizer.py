@@ -25,7 +25,7 @@ from beit_evolved.train_tokenizer import (
 )
 from common.draws import Stream, hash_seed
 from common.training.checkpoint import LAST
-from common.training.config import parse_flags
+from common.training.command_line import parse_flags
 from common.training.data import RankBatches, Samples, colour_transform
 from common.training.distributed import Processes
 from common.training.errors import BadInput

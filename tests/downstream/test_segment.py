@@ -18,7 +18,7 @@ from torch.nn import functional
 import downstream.vit
 import mae_evolved.model
 from common.training.checkpoint import LAST
-from common.training.config import parse_flags
+from common.training.command_line import parse_flags
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput

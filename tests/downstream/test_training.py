@@ -17,7 +17,7 @@ from common.training.errors import BadInput
 from downstream import finetune, linear_probe
 from downstream.classification.labelled import Labelled, middle, open_labelled
 from downstream.finetune import Classifier, FinetuneConfig, make_task
-from downstream.training import TaskConfig, evaluation_batches, layerwise_groups, train_task
+from downstream.training import evaluation_batches, layerwise_groups, train_task
 from downstream.vit import METHODS, Encoder, Method
 from tests.conftest import read_log
 from tests.downstream.labelled_folder import ONE, SMALL, assert_refused, result, saved, shrink_models, write_set
@@ -284,7 +284,7 @@ def test_predictions_are_drawn_from_all_classes(images: Path) -> None:
 )
 def test_flags_of_every_task(values: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        TaskConfig(**values)
+        FinetuneConfig(**values)
 
 
 def test_layer_scale_of_an_encoder_that_has_none(tune: Callable[..., Path], tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from common.training.loop import Loop
 from common.training.task import Task, flatten_tallies, split_tallies
 
 COMMANDS = (
-    "mae_evolved.main_pretrain", "beit_evolved.run_beit_pretraining", "simmim_evolved.main_simmim", "beit_evolved.train_tokenizer",
+    "mae_evolved.main_pretrain", "beit_evolved.run_beit_pretraining", "simmim_evolved.main_simmim",
+    "beit_evolved.train_tokenizer",
     "downstream.finetune", "downstream.linear_probe", "downstream.segment", "downstream.detect",
 )  # fmt: skip
 
