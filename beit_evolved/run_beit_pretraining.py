@@ -17,9 +17,10 @@ from torchvision.transforms.functional import resized_crop, to_tensor
 from beit_evolved.model import MODELS
 from beit_evolved.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from common.mask_config import Strategy
-from common.training.config import option, parse_arguments, with_default
+from common.training.command_line import parse_arguments
+from common.training.config import option, with_default
 from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Batch, picture_transform
-from common.training.engine import Method, pretrain
+from common.training.engine import PretrainingMethod, pretrain
 from common.training.errors import run_cli
 from common.training.mask_token import MaskTokenConfig
 
@@ -111,11 +112,11 @@ class TokenLoss:
             return tokenizer.codes(views).flatten(1)
 
 
-def build(config: BEiTConfig) -> Method:
+def build(config: BEiTConfig) -> PretrainingMethod:
     """BEiT as the training loop takes it. The head has as many outputs as the tokenizer has codes."""
     tokenizer = load_tokenizer(config.tokenizer)
     height, width = config.grid_size
-    return Method(
+    return PretrainingMethod(
         name="BEiT",
         model=MODELS[config.model](vocabulary=tokenizer.vocabulary, **config.encoder),
         loss=TokenLoss(tokenizer),

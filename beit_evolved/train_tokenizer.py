@@ -1,14 +1,15 @@
 """Trains the discrete VAE that makes BEiT's visual tokens: `python -m beit_evolved.train_tokenizer --help`.
 
-One process. Order of the data and crops are those of the pre-training machinery; a run resumes at the last
-finished epoch and goes on as if it had not stopped.
+The discrete VAE is a task (common/training/task.py) of the loop that pre-training and the downstream tasks share.
+
+B batch   V codes in the vocabulary   H, W code grid   P, Q pixels   n images drawn
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from beit_evolved.tokenizer import OWN_FILE, DiscreteVAE, to_plus_minus_one
-from common.draws import Stream, hash_seed
-from common.training.checkpoint import FREE_TO_CHANGE, LAST, differences, find_resume, read_checkpoint, save_atomically
-from common.training.config import RunConfig, option, parse_flags, with_default
-from common.training.data import Batch, RankBatches, Samples, colour_transform, make_loader
-from common.training.distributed import Processes, start_processes
-from common.training.errors import BadInput, NonFiniteLoss, run_cli
-from common.training.interrupt import Interrupted, Interruption
-from common.training.optim import absolute_lr, lr_at, make_optimizer
-from common.training.runlog import RunLog, progress, run_facts
+from common.training.checkpoint import check_same_settings, read_checkpoint, save_atomically
+from common.training.command_line import parse_flags
+from common.training.config import AdamWConfig, EpochsConfig, ImageSetConfig, Precision, RunConfig, option, with_default
+from common.training.data import Batch, RankBatches, Samples, colour_transform
+from common.training.distributed import start_processes
+from common.training.errors import BadInput, run_cli
+from common.training.loop import Loop
+from common.training.optim import make_optimizer
 from common.training.sources import open_source
+from common.training.task import Outcome, Run, Task
 
 PROGRAM = "train_tokenizer"
 DESCRIPTION = (
@@ -37,16 +38,17 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(RunConfig):
+class TokenizerConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
     """Flags of the tokenizer's training. The schedules are DALL-E's in kind; its run is 3 million updates long."""
 
-    input_size: str = with_default(RunConfig, "input_size", "112")
-    crop_scale: tuple[float, float] = with_default(RunConfig, "crop_scale", (0.08, 1.0))
-    epochs: int = with_default(RunConfig, "epochs", 20)
-    blr: float = with_default(RunConfig, "blr", 1e-3)
-    warmup_epochs: float = with_default(RunConfig, "warmup_epochs", 1)
+    input_size: str = with_default(ImageSetConfig, "input_size", "112")
+    crop_scale: tuple[float, float] = with_default(ImageSetConfig, "crop_scale", (0.08, 1.0))
+    epochs: int = with_default(EpochsConfig, "epochs", 20)
+    blr: float = with_default(EpochsConfig, "blr", 1e-3)
+    warmup_epochs: float = with_default(EpochsConfig, "warmup_epochs", 1)
     weight_decay: float = with_default(RunConfig, "weight_decay", 0.0)
-    beta2: float = with_default(RunConfig, "beta2", 0.999)
+    beta2: float = with_default(AdamWConfig, "beta2", 0.999)
+    precision: Precision = with_default(RunConfig, "precision", "fp32")
     clip_grad: float | None = with_default(RunConfig, "clip_grad", 1.0)
 
     vocabulary: int = option(8192, "codes", group="tokenizer")
@@ -109,138 +111,147 @@ def codebook_usage(counts: Tensor) -> dict[str, float]:
     return {"codes_used": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
 
 
-class TokenizerTraining:
-    """One run: its state, and the loop over it."""
+class TokenizerTask(Task):
+    """The discrete VAE, trained on colours in 0..1.
 
-    def __init__(self, config: TokenizerConfig, processes: Processes) -> None:
-        self.config, self.processes, self.device = config, processes, processes.device
-        source = open_source(config)
-        self.samples = Samples(source, colour_transform(config), config.seed, config.repeat)
-        self.batches = RankBatches(len(self.samples), config, processes)
-        torch.manual_seed(config.seed)
-        self.model = DiscreteVAE(config.vocabulary, config.code_width, config.layers, config.width).to(self.device)
-        self.peak_lr = absolute_lr(config, self.batches.effective_batch)
-        self.optimizer = make_optimizer(self.model, config, self.peak_lr)
-        self.log = RunLog(config, processes)
-        self.resumed_from = find_resume(config)
-        self.first_epoch = self._load() if self.resumed_from else 0
+    Gumbel noise belongs to a rank's place in the run, and the usage term is of the batch of a rank and accumulation step: several
+    ranks take the mean of what each of them makes of its images, which is not to the digit what one rank makes of all.
 
-    def _load(self) -> int:
-        assert self.resumed_from is not None
-        state = read_checkpoint(self.resumed_from)
-        if "config" not in state or "optimizer" not in state:
-            raise BadInput(f"checkpoint {self.resumed_from}: has no training state to resume")
-        differs = differences(state["config"], asdict(self.config), FREE_TO_CHANGE - {"batch_size", "accum_iter"})
-        if differs:
-            raise BadInput(f"checkpoint {self.resumed_from}: made with other settings: {'; '.join(differs)}")
-        self.model.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        return int(state["epoch"]) + 1
+    Args:
+        samples: the first ones are drawn with their reconstructions.
+    """
 
-    def run(self) -> None:
-        """Trains the epochs that are left, and writes the tokenizer after each."""
-        facts = run_facts(
-            self.config, None, self.processes, self.resumed_from,
-            method="tokenizer", lr=self.peak_lr, samples=len(self.samples), updates_an_epoch=self.batches.updates,
-        )  # fmt: skip
-        self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates)
-        if self.first_epoch < self.config.epochs:
-            self.log.forget_result()
-        loader = make_loader(self.samples, self.batches, self.config, self.processes)
-        with Interruption() as interruption:
-            for epoch in range(self.first_epoch, self.config.epochs):
-                self._train_epoch(epoch, loader)
-                if interruption.requested and epoch + 1 < self.config.epochs:
-                    raise Interrupted(f"asked to stop; saved {self.config.output_dir} after epoch {epoch + 1}")
-        self.log.close()
-        self.log.result("tokenizer", self.config, {"epoch": self.config.epochs - 1})
-        folder = Path(self.config.output_dir)
-        self.log.say(f"tokenizer    {folder / OWN_FILE}")
-        self.log.say(f"TensorBoard  tensorboard --logdir {self.log.tensorboard_folder}  (reconstructions, codebook usage)")
+    kind = "tokenizer"
+    model: DiscreteVAE
 
-    def _train_epoch(self, epoch: int, loader: Any) -> None:
-        self.model.train()
-        self.batches.start_at(epoch)
-        counts = torch.zeros(self.config.vocabulary, dtype=torch.int64, device=self.device)
-        losses: list[float] = []
-        stream = iter(loader)
-        bar = progress(range(self.batches.updates), self.batches.updates, f"epoch {epoch + 1}", self.processes.is_main)
-        for update in bar:
-            torch.manual_seed(hash_seed(self.config.seed, epoch, update, Stream.MODEL))  # of the Gumbel noise
-            losses.append(self._update(epoch, update, stream, counts))
-            bar.set_postfix_str(f"loss {losses[-1]:.4f}")
-        self._end_epoch(epoch, sum(losses) / len(losses), counts)
+    def __init__(self, run: Run, config: TokenizerConfig, model: DiscreteVAE, samples: Samples) -> None:
+        super().__init__(run)
+        self.config, self.samples, self.facts = config, samples, {}
+        self.model = model.to(run.device)
+        self.counts = self._no_counts()  # of the codes of this rank's images since the last update
 
-    def _update(self, epoch: int, update: int, stream: Any, counts: Tensor) -> float:
-        done = epoch + update / self.batches.updates
-        temperature = temperature_at(done / self.config.epochs, self.config.temperature)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(done, self.config, self.peak_lr)
-        total = 0.0
-        for _ in range(self.config.accum_iter):
-            images = self._next(stream)
-            loss, codes = vae_loss(self.model, images, temperature, self.config.kl_weight, self.config.usage_weight)
-            torch.autograd.backward(loss / self.config.accum_iter)
-            total += loss.item() / self.config.accum_iter
-            counts += codes.flatten().bincount(minlength=len(counts))
-        if not math.isfinite(total):
-            raise NonFiniteLoss(f"loss became {total} at epoch {epoch}, update {update}; lower --blr")
-        if self.config.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
+    # --- start ---
 
-    def _next(self, stream: Any) -> Tensor:
-        batch: Batch = next(stream)
-        if batch.bad and (self.config.on_bad_image == "raise" or not batch.views):
-            raise BadInput(f"unreadable image {'; '.join(batch.bad)} (--on_bad_image skip puts another in its place)")
-        return batch.to(self.device).images
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.config, lr)
 
-    def _end_epoch(self, epoch: int, loss: float, counts: Tensor) -> None:
-        usage = codebook_usage(counts)
+    def read_checkpoint(self, path: Path) -> dict[str, Any]:
+        return read_state(path, len(self.samples))
+
+    def check_same_run(self, state: dict[str, Any], path: Path, effective_batch: int, samples: int) -> None:
+        check_same_settings(state, path, self.config, effective_batch, samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.model.state_dict()}  # once more, as in OWN_FILE: --tokenizer reads a checkpoint too
+
+    def record(self) -> dict[str, Any]:
+        return {"method": "tokenizer"}
+
+    def title(self) -> str:
+        return f"tokenizer: {self.config.vocabulary} codes of {self.model.stride}x{self.model.stride} pixels"
+
+    # --- updates ---
+
+    def prepare(self, batch: Batch, epoch: float) -> float:
+        """Temperature of the Gumbel softmax."""
+        return temperature_at(epoch / self.config.epochs, self.config.temperature)
+
+    def loss(self, model: nn.Module, batch: Batch, prepared: float) -> Tensor:
+        loss, codes = vae_loss(model, batch.images, prepared, self.config.kl_weight, self.config.usage_weight)
+        self.counts += codes.flatten().bincount(minlength=len(self.counts))
+        return loss
+
+    def tallies(self) -> dict[str, Tensor]:
+        counts, self.counts = self.counts, self._no_counts()
+        return {"code_counts": counts}
+
+    def _no_counts(self) -> Tensor:
+        return torch.zeros(self.config.vocabulary, dtype=torch.int64, device=self.run.device)
+
+    # --- ends ---
+
+    def after_epoch(self, epoch: int, line: dict[str, Any], sums: dict[str, Any], last: bool) -> str:
+        """Writes the tokenizer, and its reconstructions of a few images."""
+        usage = codebook_usage(sums["code_counts"])
         temperature = temperature_at((epoch + 1) / self.config.epochs, self.config.temperature)
-        line = {"epoch": epoch, "train_loss": loss, "temperature": temperature, **usage}
-        update = (epoch + 1) * self.batches.updates
-        self.log.epoch(line, update)
-        self._draw(update)
-        self.log.say(
-            f"epoch {epoch + 1}/{self.config.epochs}  loss {loss:.4f}  temperature {temperature:.3f}  "
-            f"codes used {usage['codes_used']:.0%} of {self.config.vocabulary}, perplexity {usage['perplexity']:.0f}"
-        )
-        self._save(epoch)
+        line.update(temperature=temperature, **usage)
+        if self.run.processes.is_main:
+            self._draw()
+            save_atomically({"weights": self.model.state_dict()}, self.run.output / OWN_FILE)
+        share, perplexity = usage["codes_used"], usage["perplexity"]
+        used = f"codes used {share:.0%} of {self.config.vocabulary}, perplexity {perplexity:.0f}"
+        return f"temperature {temperature:.3f}  {used}"
 
-    def _draw(self, update: int) -> None:
+    def _draw(self) -> None:
         """Images above their reconstructions from hard codes, as a picture in the log and a file."""
         if not self.config.pictures:
             return
         count = min(self.config.pictures, len(self.samples))
         shown = [self.samples[(0, index)][0] for index in range(count)]
-        images = torch.stack([views[0] for views in shown if views is not None]).to(self.device)
+        images = torch.stack([views[0] for views in shown if views is not None]).to(self.run.device)
         self.model.eval()
         rows = [torch.cat(list(row), dim=2) for row in (images, self.model.reconstruct(images))]  # each [3, P, n*Q]
         sheet = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
-        self.log.image("reconstructions", sheet, update)
-        Image.fromarray(sheet).save(Path(self.config.output_dir) / "reconstructions.png")
+        self.run.log.image("reconstructions", sheet)
+        Image.fromarray(sheet).save(self.run.output / "reconstructions.png")
 
-    def _save(self, epoch: int) -> None:
-        folder = Path(self.config.output_dir)
-        weights = self.model.state_dict()
-        save_atomically({"weights": weights}, folder / OWN_FILE)
-        state = {"weights": weights, "optimizer": self.optimizer.state_dict(), "epoch": epoch, "config": asdict(self.config)}
-        save_atomically(state, folder / LAST)
+    def finish(self) -> Outcome:
+        return Outcome({"epoch": self.config.epochs - 1}, files={"tokenizer": self.run.output / OWN_FILE})
+
+
+def read_state(path: Path, samples: int) -> dict[str, Any]:
+    """A checkpoint of the tokenizer's training.
+
+    Until this training shared the loop of the others, its checkpoints were written at the ends of epochs by one process, in fp32,
+    with the keys `weights`, `optimizer`, `epoch` and `config`. Such a run goes on here as it would have.
+
+    Args:
+        samples: images an epoch, which those checkpoints do not say.
+
+    Raises:
+        BadInput: no training state.
+    """
+    state = read_checkpoint(path)
+    if "config" not in state or "optimizer" not in state:
+        raise BadInput(f"checkpoint {path}: has no training state to resume")
+    if "model" in state:
+        return state
+    config = state["config"]
+    return {
+        **state,
+        **{"model": state["weights"], "scaler": {}, "ema": None, "facts": {}, "meters": {}, "update": 0, "samples": samples},
+        "effective_batch": config["batch_size"] * config["accum_iter"],
+    }
+
+
+def check_checkpoint(config: TokenizerConfig, path: Path, effective_batch: int) -> None:
+    """What a launcher checks before it asks for a GPU. Raises BadInput: a checkpoint of a run with other settings."""
+    state = read_state(path, 0)
+    check_same_settings(state, path, config, effective_batch, state["samples"])
+
+
+def train(config: TokenizerConfig) -> None:
+    """Trains from the command line's configuration to the last tokenizer.
+
+    Raises:
+        BadInput, NonFiniteLoss, Interrupted: see :class:`common.training.loop.Loop`.
+    """
+    source = open_source(config)
+    processes = start_processes(config.device, config.dist_timeout)
+    try:
+        run = Run(config, processes)
+        samples = Samples(source, colour_transform(config), config.seed, config.repeat)
+        batches = RankBatches(len(samples), config, processes)
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        model = DiscreteVAE(config.vocabulary, config.code_width, config.layers, config.width)
+        Loop(run, TokenizerTask(run, config, model, samples), samples, batches).train()
+    finally:
+        processes.close()
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
-    config = parse_flags(TokenizerConfig, PROGRAM, DESCRIPTION, argv)
-    processes = start_processes(config.device, config.dist_timeout)
-    try:
-        if processes.world > 1:
-            raise BadInput(f"the tokenizer trains in one process, not in {processes.world}")
-        TokenizerTraining(config, processes).run()
-    finally:
-        processes.close()
+    train(parse_flags(TokenizerConfig, PROGRAM, DESCRIPTION, argv))
 
 
 if __name__ == "__main__":

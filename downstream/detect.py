@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from common.models.names import patch_size_of
 from common.training.checkpoint import find_resume
-from common.training.config import Interpolation, LrSchedule, RunConfig, option, with_default
+from common.training.config import EpochsConfig, FormerFlag, Interpolation, LrSchedule, RunConfig, option, with_default
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from common.training.task import Run
 from common.visualize.captions import Group, Sheet, write_label
 from common.visualize.colours import distinct_colours, text_colour
 from downstream.detection.coco import (
@@ -38,7 +39,18 @@ from downstream.detection.coco import (
     fitted,
 )
 from downstream.detection.mask_rcnn import COARSEST, MaskRCNN, paste
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
+from downstream.training import (
+    Scores,
+    SupervisedTask,
+    TaskConfig,
+    TunedEncoderConfig,
+    evaluation_batches,
+    layerwise_adamw,
+    make_encoder,
+    parse_task,
+    say_once,
+    train_task,
+)
 from downstream.vit import MODELS
 
 PROGRAM = "detect"
@@ -52,12 +64,18 @@ _COLOURS = tuple(tuple(round(255 * value) for value in colour) for colour in dis
 
 
 @dataclass(frozen=True)
-class DetectConfig(TaskConfig):
+class DetectConfig(EpochsConfig, TunedEncoderConfig, TaskConfig):
     """Flags of detection.
 
     Raises:
         BadInput: a value outside its range, naming the flag.
     """
+
+    former_flags: ClassVar[dict[str, FormerFlag]] = {
+        "dataset": FormerFlag("auto", "does not go with detection, which reads COCO's layout in --data_path"),
+        "download": FormerFlag(False, "does not go with detection, which reads COCO's layout in --data_path"),
+        "crop_scale": FormerFlag((0.2, 1.0), "does not go with detection, where --jitter cuts the images"),
+    }
 
     window: int = option(14, "side of attention windows in patches, in all blocks but four; 0: no windows", group="model")
     pyramid_width: int = option(256, "channels of the feature pyramid and the heads", group="model")
@@ -72,14 +90,14 @@ class DetectConfig(TaskConfig):
         (0.1, 2.0), "large-scale jitter: size of the image against that which fits --input_size", group="data"
     )
     input_size: str = with_default(RunConfig, "input_size", "1024")
-    interpolation: Interpolation = with_default(RunConfig, "interpolation", "bilinear")
-    layer_decay: float = with_default(TaskConfig, "layer_decay", 0.7)
+    interpolation: Interpolation = option("bilinear", "how images are resized", group="data")
+    layer_decay: float = with_default(TunedEncoderConfig, "layer_decay", 0.7)
     batch_size: int = with_default(RunConfig, "batch_size", 8)
-    epochs: int = with_default(RunConfig, "epochs", 15)
-    blr: float = with_default(RunConfig, "blr", 1e-4)
-    blr_batch: int = with_default(RunConfig, "blr_batch", 64)
+    epochs: int = with_default(EpochsConfig, "epochs", 15)
+    blr: float = with_default(EpochsConfig, "blr", 1e-4)
+    blr_batch: int = with_default(EpochsConfig, "blr_batch", 64)
     weight_decay: float = with_default(RunConfig, "weight_decay", 0.1)
-    warmup_epochs: float = with_default(RunConfig, "warmup_epochs", 0.1366)
+    warmup_epochs: float = with_default(EpochsConfig, "warmup_epochs", 0.1366)
     warmup_start: float = with_default(RunConfig, "warmup_start", 0.001)
     lr_schedule: LrSchedule = with_default(RunConfig, "lr_schedule", "multistep")
     lr_milestones: str = with_default(RunConfig, "lr_milestones", "0.8889,0.963")
@@ -92,8 +110,6 @@ class DetectConfig(TaskConfig):
         low, high = self.jitter
         self._require("jitter", 0 < low <= high < float("inf"), "must be two factors 0 < low <= high")
         self._require("data_path", bool(self.data_path), "must name a folder in COCO's layout (annotations, train2017, val2017)")
-        self._require("dataset", self.dataset == "auto", "does not go with detection, which reads COCO's layout in --data_path")
-        self._require("crop_scale", self.crop_scale == (0.2, 1.0), "does not go with detection, where --jitter cuts the images")
         patch = patch_size_of(self.model)
         self._require(
             "model", not patch & (patch - 1), f"must have patches of a power of two, not {patch}, for RoIAlign's strides"
@@ -103,8 +119,9 @@ class DetectConfig(TaskConfig):
         self._require("input_size", fits, f"must be divisible by {step}, {COARSEST} patches of {self.model}")
 
 
-def build(config: DetectConfig, processes: Processes) -> Task:
+def build(config: DetectConfig, run: Run) -> SupervisedTask:
     """Mask R-CNN on COCO as the training loop takes it."""
+    processes = run.processes
     if config.eval_only and find_resume(config) is None:
         raise BadInput("--eval_only: no trained detector; --resume PATH names its checkpoint")
     root = Path(config.data_path)
@@ -115,14 +132,18 @@ def build(config: DetectConfig, processes: Processes) -> Task:
         raise BadInput(f"{val.file}: has other categories than {train.file.name}")
     say = say_once(processes)
     say(f"{len(train)} training images ({train.left_out} without objects left out), {len(val)} for validation")
-    return Task(
-        name="detection",
-        model=make_model(config, len(train.names), say),
+    model = make_model(config, len(train.names), say)
+    return SupervisedTask(
+        run=run,
+        config=config,
+        kind="detection",
+        model=model,
         source=train,
         transform=Jitter(config.image_size, config.jitter, config.flip, config.interpolation),
-        loss=losses,
-        evaluate=Evaluation(config, val, processes),
+        objective=losses,
+        evaluation=Evaluation(config, val, processes),
         metric="AP_box",
+        optimizer=partial(layerwise_adamw, model, config),
         collate=collate_objects,
         facts={"classes": len(train.names), "validation_images": len(val)},
     )

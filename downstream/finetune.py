@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,11 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from common.training.checkpoint import find_resume, read_checkpoint
-from common.training.config import RunConfig, option, with_default
+from common.training.config import EpochsConfig, ImageSetConfig, RunConfig, option, with_default
 from common.training.data import Batch, denormalise
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from common.training.task import Run
 from downstream.classification.labelled import (
     LabelledImages,
     augmentation,
@@ -34,7 +36,18 @@ from downstream.classification.labelled import (
 )
 from downstream.confusion import confusion_matrix
 from downstream.pictures import draw_confusion, draw_predictions
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
+from downstream.training import (
+    Scores,
+    SupervisedTask,
+    TaskConfig,
+    TunedEncoderConfig,
+    evaluation_batches,
+    layerwise_adamw,
+    make_encoder,
+    parse_task,
+    say_once,
+    train_task,
+)
 from downstream.vit import MODELS, BackboneViT
 from downstream.weights import find_encoder
 
@@ -46,7 +59,7 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TaskConfig):
+class FinetuneConfig(EpochsConfig, TunedEncoderConfig, ImageSetConfig, TaskConfig):
     """Flags of fine-tuning."""
 
     pool: Literal["mean", "cls"] = option(
@@ -56,9 +69,11 @@ class FinetuneConfig(TaskConfig):
     )
     subset: int = option(0, "train on so many images, drawn evenly over the classes by --seed; 0: all", group="data")
     batch_size: int = with_default(RunConfig, "batch_size", 128)
-    blr: float = with_default(RunConfig, "blr", 5e-4)
+    epochs: int = with_default(EpochsConfig, "epochs", 100)
+    warmup_epochs: float = with_default(EpochsConfig, "warmup_epochs", 5)
+    blr: float = with_default(EpochsConfig, "blr", 5e-4)
     min_lr: float = with_default(RunConfig, "min_lr", 1e-6)
-    crop_scale: tuple[float, float] = with_default(RunConfig, "crop_scale", (0.08, 1.0))
+    crop_scale: tuple[float, float] = with_default(ImageSetConfig, "crop_scale", (0.08, 1.0))
     auto_augment: str = option("rand-m9-mstd0.5-inc1", "timm's RandAugment; empty: none", group="data")
     color_jitter: float = option(0.0, "brightness, contrast and saturation, where --auto_augment is empty", group="data")
     random_erasing: float = option(0.25, "share of images with a rectangle of noise", group="data")
@@ -181,20 +196,25 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([one.double() for one in counts])
 
 
-def make_task(config: FinetuneConfig, processes: Processes) -> Task:
+def make_task(config: FinetuneConfig, run: Run) -> SupervisedTask:
     """Data, model and loss of fine-tuning."""
+    processes = run.processes
     train, val = open_labelled(config, train=True), open_labelled(config, train=False)
     same_classes(train, val, config.data_path)
 
     model = make_classifier(config, len(train.classes), say_once(processes))
-    return Task(
-        name="fine-tuning",
+    return SupervisedTask(
+        run=run,
+        config=config,
+        kind="fine-tuning",
         model=model,
         source=draw_subset(train, config.subset, config.seed),
         transform=augmentation(config),
-        loss=MixedLoss(config, len(train.classes)),
-        evaluate=Evaluation(config, val, processes),
+        objective=MixedLoss(config, len(train.classes)),
+        evaluation=Evaluation(config, val, processes),
         metric="top1",
+        optimizer=partial(layerwise_adamw, model, config),
+        ema_decay=config.model_ema,
         facts={"classes": len(train.classes), "validation_images": len(val)},
     )
 
@@ -251,7 +271,7 @@ def load_head(model: Classifier, path: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
     config = parse_task(FinetuneConfig, PROGRAM, DESCRIPTION, argv)
-    train_task(config, lambda processes: make_task(config, processes))
+    train_task(config, lambda run: make_task(config, run))
 
 
 if __name__ == "__main__":

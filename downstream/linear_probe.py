@@ -11,26 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from common.training.checkpoint import find_resume, read_checkpoint
-from common.training.config import RunConfig, option, with_default
+from common.training.config import EpochsConfig, FormerFlag, ImageSetConfig, RunConfig, option, with_default
 from common.training.data import Batch, training_transform
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
-from common.training.loop import choose_precision
+from common.training.task import Run
 from downstream.classification.labelled import WithLabel, draw_subset, middle, open_labelled, same_classes
 from downstream.finetune import count_correct, pooled
 from downstream.pictures import draw_layers
 from downstream.probing.lars import LARS
 from downstream.training import (
     Scores,
-    Supervised,
-    Task,
+    SupervisedTask,
     TaskConfig,
     evaluation_batches,
     make_encoder,
@@ -52,8 +51,16 @@ KNN_TEMPERATURE = 0.07
 
 
 @dataclass(frozen=True)
-class ProbeConfig(TaskConfig):
+class ProbeConfig(EpochsConfig, ImageSetConfig, TaskConfig):
     """Flags of the linear probe."""
+
+    former_flags: ClassVar[dict[str, FormerFlag]] = {
+        "drop_path": FormerFlag(0.0, "has no effect on linear probing: the encoder is frozen"),
+        "layer_decay": FormerFlag(1.0, "has no effect on linear probing: the encoder is frozen"),
+        "checkpointing": FormerFlag(False, "has no effect on linear probing: the encoder has no backward pass"),
+        "beta1": FormerFlag(0.9, "has no effect on linear probing: LARS has no betas"),
+        "beta2": FormerFlag(0.999, "has no effect on linear probing: LARS has no betas"),
+    }
 
     layer: str = option(
         "-1",
@@ -89,24 +96,21 @@ class ProbeConfig(TaskConfig):
     subset: int = option(0, "train on so many images, drawn evenly over the classes by --seed; 0: all", group="data")
     crop_pct: float = option(0.875, "validation: side of the middle crop as a share of the shorter side", group="data")
     batch_size: int = with_default(RunConfig, "batch_size", 512)
-    crop_scale: tuple[float, float] = with_default(RunConfig, "crop_scale", (0.08, 1.0))
+    crop_scale: tuple[float, float] = with_default(ImageSetConfig, "crop_scale", (0.08, 1.0))
     blr: float = option(
         0.1,
         "base learning rate of LARS, for an effective batch of --blr_batch. Trap: it is for LARS and batch 16384; with a small "
         "batch or few epochs try more",
         group="optimisation",
     )
-    epochs: int = with_default(RunConfig, "epochs", 90)
-    warmup_epochs: float = with_default(RunConfig, "warmup_epochs", 10)
+    epochs: int = with_default(EpochsConfig, "epochs", 90)
+    warmup_epochs: float = with_default(EpochsConfig, "warmup_epochs", 10)
     weight_decay: float = option(0.0, "of LARS, not on biases", group="optimisation")
-    drop_path: float = option(0.0, "not used: the encoder is frozen", group="model")
-    layer_decay: float = option(1.0, "not used: the encoder is frozen", group="optimisation")
+    pictures: int = option(4, "0: no curves of the training", group="run")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(0, "subset")
-        self._require("drop_path", self.drop_path == 0, "must be 0: the encoder is frozen")
-        self._require("layer_decay", self.layer_decay == 1, "must be 1: the encoder is frozen")
         self._require("layer", bool(self.layers), f"must be all, or blocks of 0 to {self.depth - 1} such as 5,8,-1")
         alone = len(self.layers) == 1 or self.clip_grad is None
         self._require("clip_grad", alone, "must be left out for several layers: it would tie their heads together")
@@ -205,13 +209,12 @@ def probe_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def extract(model: Probes, source: Any, config: ProbeConfig, processes: Processes) -> tuple[Tensor, Tensor]:
+def extract(model: Probes, source: Any, config: ProbeConfig, run: Run) -> tuple[Tensor, Tensor]:
     """Features float32 [n, L, D] and classes [n] of all images' middles, in the order of the set, on the CPU of every rank."""
     model.eval()
-    precision = choose_precision(config, processes.device)
-    found = []
+    processes, found = run.processes, []
     for batch in evaluation_batches(source, middle(config), config, processes):
-        with torch.autocast(processes.device.type, precision, enabled=precision != torch.float32):  # as in the run
+        with run.autocast():
             features = model.features(batch.images)
         found.append((batch.sample_ids.cpu(), features.float().cpu(), batch.views[1].cpu()))
     mine = tuple(torch.cat(parts) for parts in zip(*found, strict=True)) if found else None
@@ -314,18 +317,9 @@ class Evaluation:
         }
 
 
-class Probing(Supervised):
-    """A run whose optimiser is LARS."""
-
-    config: ProbeConfig
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        trained = [value for value in self.model.parameters() if value.requires_grad]
-        return LARS(trained, lr=self.peak_lr, weight_decay=self.config.weight_decay)
-
-
-def make_task(config: ProbeConfig, processes: Processes) -> Task:
+def make_task(config: ProbeConfig, run: Run) -> SupervisedTask:
     """Data, frozen features and heads."""
+    processes = run.processes
     train, val = open_labelled(config, train=True), open_labelled(config, train=False)
     same_classes(train, val, config.data_path)
     source: Any = draw_subset(train, config.subset, config.seed)
@@ -342,10 +336,11 @@ def make_task(config: ProbeConfig, processes: Processes) -> Task:
     weights = str(resumed or config.init_from)
     encoder = make_encoder(config, say_once(processes), norm if weights else None, weights=weights)
     model = Probes(encoder, config.layers, config.pool, norm, len(train.classes)).to(processes.device)
-    cached = extract(model, source, config, processes) if config.cache or config.neighbours else None
+    trained = [value for value in model.parameters() if value.requires_grad]
+    cached = extract(model, source, config, run) if config.cache or config.neighbours else None
     evaluate = Evaluation(
         config,
-        extract(model, val, config, processes),
+        extract(model, val, config, run),
         cached if config.neighbours else None,
         len(train.classes),
         processes,
@@ -356,14 +351,17 @@ def make_task(config: ProbeConfig, processes: Processes) -> Task:
         transform: Any = _as_is
     else:
         data, transform = source, WithLabel(training_transform(config))
-    return Task(
-        name=NAME,
+    return SupervisedTask(
+        run=run,
+        config=config,
+        kind=NAME,
         model=model,
         source=data,
         transform=transform,
-        loss=probe_loss,
-        evaluate=evaluate,
+        objective=probe_loss,
+        evaluation=evaluate,
         metric="top1",
+        optimizer=lambda lr: LARS(trained, lr=lr, weight_decay=config.weight_decay),
         facts={"classes": len(train.classes), "validation_images": len(val)},
     )
 
@@ -375,7 +373,7 @@ def _as_is(sample: Any) -> Any:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, extracts features, and trains the heads."""
     config = parse_task(ProbeConfig, PROGRAM, DESCRIPTION, argv)
-    train_task(config, lambda processes: make_task(config, processes), Probing)
+    train_task(config, lambda run: make_task(config, run))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.training.checkpoint import find_resume
-from common.training.config import LrSchedule, RunConfig, option, with_default
+from common.training.config import FormerFlag, Length, LrSchedule, RunConfig, option, with_default
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput, run_cli
+from common.training.task import Run
 from downstream.confusion import IGNORED, confusion_matrix, scores_of
 from downstream.pictures import can_draw, draw_confusion
 from downstream.segmentation.data import (
@@ -40,7 +42,18 @@ from downstream.segmentation.data import (
 from downstream.segmentation.inference import Predictor
 from downstream.segmentation.pictures import Triptych, draw_sheet, triptych
 from downstream.segmentation.upernet import NormKind, UperNet, resized
-from downstream.training import Scores, Task, TaskConfig, evaluation_batches, make_encoder, parse_task, say_once, train_task
+from downstream.training import (
+    Scores,
+    SupervisedTask,
+    TaskConfig,
+    TunedEncoderConfig,
+    evaluation_batches,
+    layerwise_adamw,
+    make_encoder,
+    parse_task,
+    say_once,
+    train_task,
+)
 
 PROGRAM = "downstream.segment"
 DESCRIPTION = (
@@ -48,27 +61,30 @@ DESCRIPTION = (
     "Defaults are ADE20K at 512 pixels for 80k updates of 16 images."
 )
 
-_NO_EFFECT = {
-    "dataset": "--data_path",
-    "download": "--data_path",
-    "crop_scale": "--scale",
-    "interpolation": "--scale",
-    "epochs": "--iterations",
-    "warmup_epochs": "--warmup_iterations",
-    "blr": "--lr",
-    "blr_batch": "--lr",
+FORMER_FLAGS = {
+    name: FormerFlag(neutral, f"has no effect on segmentation: --{flag} says it")
+    for name, neutral, flag in (
+        ("dataset", "auto", "data_path"),
+        ("download", False, "data_path"),
+        ("crop_scale", (0.2, 1.0), "scale"),
+        ("interpolation", "bicubic", "scale"),
+        ("epochs", 100, "iterations"),
+        ("warmup_epochs", 5.0, "warmup_iterations"),
+        ("blr", 1.5e-4, "lr"),
+        ("blr_batch", 256, "lr"),
+    )
 }
-"""Flags of other tasks, and what says it here."""
 
 
 @dataclass(frozen=True)
-class SegmentConfig(TaskConfig):
+class SegmentConfig(TunedEncoderConfig, TaskConfig):
     """Flags of segmentation.
 
     Raises:
         BadInput: a value outside its range, naming the flag.
     """
 
+    former_flags: ClassVar[dict[str, FormerFlag]] = FORMER_FLAGS
     evaluation_flags: ClassVar[tuple[str, ...]] = ("inference", "slide_stride", "test_scales", "test_flip")
 
     data_path: str = option(
@@ -109,9 +125,6 @@ class SegmentConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, instead in _NO_EFFECT.items():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise BadInput(f"--{name} has no effect on segmentation: {instead} says it")
         self._require("data_path", bool(self.data_path), "must name a folder in ADE20K's layout")
         self._at_least(1, "iterations", "auxiliary_channels")
         self._at_least(0, "classes", "warmup_iterations", "auxiliary_weight", "decoder_channels", "slide_stride")
@@ -126,12 +139,8 @@ class SegmentConfig(TaskConfig):
         self._require("test_scales", fits, "needs --inference slide, for the encoder has one input size")
 
     @property
-    def total_updates(self) -> int:
-        return self.iterations
-
-    @property
-    def warmup_updates(self) -> int:
-        return self.warmup_iterations
+    def length(self) -> Length:
+        return Length(self.iterations, self.warmup_iterations, "updates")
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -221,12 +230,13 @@ class Evaluation:
 # --- the task ---
 
 
-def build(config: SegmentConfig, processes: Processes) -> Task:
+def build(config: SegmentConfig, run: Run) -> SupervisedTask:
     """The task as the training loop takes it.
 
     Raises:
         BadInput: data, checkpoint or flags that cannot be used.
     """
+    processes = run.processes
     if config.eval_only and find_resume(config) is None:
         raise BadInput("--eval_only needs a trained model: --resume CHECKPOINT, or one in --output_dir")
     names, training, validation = open_sets(config)
@@ -235,14 +245,17 @@ def build(config: SegmentConfig, processes: Processes) -> Task:
         say("no picture of the confusion matrix: matplotlib is not installed (requirements-demo.txt)")
     model = make_model(config, len(names), processes, say)
     crop = TrainingTransform(config.image_size, config.scale, config.cat_max_ratio, config.flip, config.photometric)
-    return Task(
-        name="segmentation",
+    return SupervisedTask(
+        run=run,
+        config=config,
+        kind="segmentation",
         model=model,
         source=training,
         transform=crop,
-        loss=make_loss(config, processes),
-        evaluate=Evaluation(config, validation, names, processes),
+        objective=make_loss(config, processes),
+        evaluation=Evaluation(config, validation, names, processes),
         metric="mIoU",
+        optimizer=partial(layerwise_adamw, model, config),
         facts={"classes": names, "feature_blocks": list(model.blocks)},
     )
 
@@ -287,7 +300,7 @@ def make_model(config: SegmentConfig, classes: int, processes: Processes, say: C
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, trains and evaluates."""
     config = parse_task(SegmentConfig, PROGRAM, DESCRIPTION, argv)
-    train_task(config, lambda processes: build(config, processes))
+    train_task(config, lambda run: build(config, run))
 
 
 if __name__ == "__main__":

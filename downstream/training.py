@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -17,22 +17,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.models.names import patch_size_of
-from common.training.checkpoint import FREE_TO_CHANGE, differences, find_resume, read_checkpoint
-from common.training.config import LoopConfig, RunConfig, option, parse_flags, with_default
+from common.training.checkpoint import FREE_TO_CHANGE, check_same_settings, differences, find_resume, read_checkpoint
+from common.training.command_line import parse_flags
+from common.training.config import AdamWConfig, RunConfig, option, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, make_loader
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput
-from common.training.loop import Collate, Loop
-from common.training.optim import EncoderEMA, lr_after
-from common.training.runlog import run_facts
-from common.training.stopwatch import Stopwatch
+from common.training.loop import Loop
+from common.training.optim import EncoderEMA
+from common.training.task import Collate, Outcome, Run, Task
 from downstream.pictures import draw_curves
 from downstream.vit import METHODS, MODELS, BackboneViT, Method, build_encoder, layer_of
 from downstream.weights import find_encoder, load_encoder
 
 
 @dataclass(frozen=True)
-class TaskConfig(LoopConfig):
+class TaskConfig(RunConfig):
     """Flags of every downstream task.
 
     Raises:
@@ -47,16 +47,11 @@ class TaskConfig(LoopConfig):
         "auto", "whose encoder; auto: read from --init_from, mae without one", group="model"
     )
     init_from: str = option("", "pre-trained checkpoint, ours or official; empty: random weights", group="model")
-    drop_path: float = option(0.1, "rate at the last block, growing linearly from 0", group="model")
     layer_scale: float | None = option(
         None,
         "BEiT, SimMIM: first value of the factors on branches, without --init_from (default: 0.1; official BEiT-L: 1e-5); "
         "0: there are none, nor in --init_from",
         group="model",
-    )
-    checkpointing: bool = option(False, "compute each block again in the backward pass: less memory, more time", group="model")
-    layer_decay: float = option(
-        0.65, "each block's learning rate is this times that of the next one; 1: all alike", group="optimisation"
     )
     eval_freq: int = option(1, "evaluate every so many epochs, and after the last", group="run")
     eval_only: bool = option(
@@ -65,9 +60,6 @@ class TaskConfig(LoopConfig):
         group="run",
     )
     pictures: int = option(4, "how many validation images are drawn with predictions; 0: none", group="run")
-    epochs: int = with_default(RunConfig, "epochs", 100)
-    warmup_epochs: float = with_default(RunConfig, "warmup_epochs", 5)
-    beta2: float = with_default(RunConfig, "beta2", 0.999)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,21 +68,37 @@ class TaskConfig(LoopConfig):
         if self.layer_scale is not None:
             self._at_least(0, "layer_scale")
         self._require("model", self.model in MODELS, f"must be one of {', '.join(MODELS)}")
-        self._require("drop_path", 0 <= self.drop_path < 1, "must be in [0, 1)")
-        self._require("layer_decay", 0 < self.layer_decay <= 1, "must be in (0, 1]")
         patch = patch_size_of(self.model)
         divisible = not any(size % patch for size in self.image_size)
         self._require("input_size", divisible, f"must be divisible by the patch size {patch} of {self.model}")
 
     @property
-    def total_updates(self) -> int:
-        """Length of the run in updates where a task counts so; 0: --epochs says it."""
-        return 0
+    def encoder_options(self) -> dict[str, Any]:
+        """Arguments of the encoder besides its size and method."""
+        return {} if self.layer_scale is None else {"layer_scale": self.layer_scale}
+
+
+@dataclass(frozen=True)
+class TunedEncoderConfig(AdamWConfig):
+    """Flags of a task that trains the encoder, and not only a head on it."""
+
+    drop_path: float = option(0.1, "rate at the last block, growing linearly from 0", group="model")
+    checkpointing: bool = option(False, "compute each block again in the backward pass: less memory, more time", group="model")
+    layer_decay: float = option(
+        0.65, "each block's learning rate is this times that of the next one; 1: all alike", group="optimisation"
+    )
+    beta2: float = with_default(AdamWConfig, "beta2", 0.999)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("drop_path", 0 <= self.drop_path < 1, "must be in [0, 1)")
+        self._require("layer_decay", 0 < self.layer_decay <= 1, "must be in (0, 1]")
 
     @property
-    def warmup_updates(self) -> int:
-        """Length of the warm-up where `total_updates` is not 0."""
-        return 0
+    def encoder_options(self) -> dict[str, Any]:
+        """Arguments of the encoder besides its size and method."""
+        others: dict[str, Any] = super().encoder_options  # type: ignore[misc]
+        return {**others, "drop_path": self.drop_path, "checkpointing": self.checkpointing}
 
 
 AnyTask = TypeVar("AnyTask", bound=TaskConfig)
@@ -109,33 +117,6 @@ class Scores:
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-@dataclass
-class Task:
-    """What a task adds to the machinery.
-
-    Attributes:
-        name: for titles and result.json.
-        model: with the encoder as `encoder`.
-        source: training samples.
-        transform: sample -> views.
-        loss: (model, batch) -> the mean over the batch; or several by names that begin with `loss_`, which are summed.
-        evaluate: model in evaluation mode -> scores, the same on every rank.
-        metric: the number that says which epoch was best; higher is better.
-        collate: samples -> batch.
-        facts: see Loop.
-    """
-
-    name: str
-    model: nn.Module
-    source: Any
-    transform: Transform
-    loss: Callable[[nn.Module, Batch], Tensor | dict[str, Tensor]]
-    evaluate: Callable[[nn.Module], Scores]
-    metric: str
-    collate: Collate = collate
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
 FREE_IN_A_TASK = frozenset(("eval_freq", "eval_only", "pictures", "checkpointing"))
 """Flags besides FREE_TO_CHANGE that a resumed run may change."""
 
@@ -148,153 +129,146 @@ def check_same_task(state: dict[str, Any], path: Path, config: TaskConfig, effec
 
     Under --eval_only, unless it holds the same model: how it was trained, and on how many ranks, may differ.
     """
-    evaluating = config.eval_only
-    free = _free_in_evaluation(config) if evaluating else FREE_TO_CHANGE | FREE_IN_A_TASK | set(config.evaluation_flags)
-    differs = differences(state["config"], asdict(config), free)
-    for name, mine in (("effective_batch", effective_batch), ("samples", samples)):
-        if state[name] != mine and not evaluating:
-            differs.append(f"{name} {state[name]} -> {mine}")
+    if not config.eval_only:
+        free = FREE_TO_CHANGE | FREE_IN_A_TASK | set(config.evaluation_flags)
+        check_same_settings(state, path, config, effective_batch, samples, free=free)
+        return
+    differs = differences(state["config"], config, _free_in_evaluation(config))
     if differs:
-        hint = "evaluation needs the same model" if evaluating else "--resume none starts anew"
-        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} ({hint})")
+        needs = "evaluation needs the same model"
+        raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} ({needs})")
 
 
-class Supervised(Loop):
-    """One run of a task: the loop with layer-wise learning rates, and evaluation at the ends of epochs."""
+@dataclass(eq=False)
+class SupervisedTask(Task):
+    """A task with labels, and evaluation at the ends of epochs.
 
+    Attributes:
+        run: what surrounds it.
+        config: flags.
+        kind: for titles and result.json.
+        model: with the encoder as `encoder`.
+        source: training samples.
+        transform: sample -> views.
+        objective: (model, batch) -> the mean over the batch; or several by names that begin with `loss_`, which are summed.
+        evaluation: model in evaluation mode -> scores, the same on every rank.
+        metric: the number that says which epoch was best; higher is better.
+        optimizer: learning rate -> the optimiser.
+        collate: samples -> batch.
+        facts: see :class:`common.training.task.Task`.
+        ema_decay: of the moving average of the weights that is evaluated; 0: the weights themselves are.
+    """
+
+    run: Run
     config: TaskConfig
+    kind: str
+    model: nn.Module
+    source: Any
+    transform: Transform
+    objective: Callable[[nn.Module, Batch], Tensor | dict[str, Tensor]]
+    evaluation: Callable[[nn.Module], Scores]
+    metric: str
+    optimizer: Callable[[float], torch.optim.Optimizer]
+    collate: Collate = collate
+    facts: dict[str, Any] = field(default_factory=dict)
+    ema_decay: float = 0.0
 
-    def __init__(self, config: TaskConfig, task: Task, samples: Samples, batches: RankBatches, processes: Processes) -> None:
-        self.task, self.collate = task, task.collate
-        super().__init__(config, task.model, samples, batches, processes, task.facts)
+    def __post_init__(self) -> None:
+        self.model.to(self.run.device)
+        self.ema = EncoderEMA(self.model, self.ema_decay) if self.ema_decay else None
         self.scores: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        decay = getattr(config, "model_ema", None)
-        if decay:
-            self.ema = EncoderEMA(self.model, decay)
-        self._resume()
 
-    # --- what the loop asks ---
+    # --- start ---
 
-    @property
-    def total_updates(self) -> int:
-        return self.config.total_updates or super().total_updates
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        return self.optimizer(lr)
 
-    def _lr_at(self, epoch: float) -> float:
-        if not self.config.total_updates:
-            return super()._lr_at(epoch)
-        done, total = epoch * self.batches.updates, self.config.total_updates
-        return lr_after(done, self.config.warmup_updates, total, self.config, self.peak_lr)
+    def check_same_run(self, state: dict[str, Any], path: Path, effective_batch: int, samples: int) -> None:
+        require_state_of(self.kind, state, path)
+        check_same_task(state, path, self.config, effective_batch, samples)
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        groups = layerwise_groups(self.model, config.layer_decay, config.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.peak_lr, betas=(config.beta1, config.beta2))
+    def state_dict(self) -> dict[str, Any]:
+        return {"task": self.kind, "scores": self.scores, "best": self.best}
 
-    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        require_state_of(self.task.name, state, path)
-        check_same_task(state, path, self.config, self.batches.effective_batch, len(self.samples))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores, self.best = dict(state["scores"]), dict(state["best"])
 
-    def _load_checkpoint(self, path: Path) -> None:
-        if not self.config.eval_only:
-            super()._load_checkpoint(path)
-            return
-        state = read_checkpoint(path)
-        self._check_same_run(state, path)
+    def record(self) -> dict[str, Any]:
+        return {"task": self.kind}
+
+    def title(self) -> str:
+        method, start = self.model.encoder.method, self.config.init_from or "random weights"  # type: ignore[union-attr]
+        return f"{self.kind}: {self.config.model} ({method}) from {start}"
+
+    # --- updates and ends ---
+
+    def loss(self, model: nn.Module, batch: Batch, prepared: None) -> Tensor | dict[str, Tensor]:
+        return self.objective(model, batch)
+
+    def after_epoch(self, epoch: int, line: dict[str, Any], sums: dict[str, Any], last: bool) -> str:
+        if (epoch + 1) % self.config.eval_freq and not last:
+            return ""
+        scores = self.evaluate()
+        line.update(scores.numbers)
+        self.scores = {"epoch": epoch, **scores.numbers}
+        if self.scores[self.metric] > self.best.get(self.metric, float("-inf")):
+            self.best = self.scores
+        self._draw(scores)
+        return shown(scores.numbers)
+
+    def evaluate(self) -> Scores:
+        """Scores of the model, or of its moving average where there is one."""
+        judged = self.ema.model if self.ema is not None else self.model
+        judged.eval()
+        self.run.processes.share(judged.buffers())  # each rank has its own statistics of batch norms
+        with torch.no_grad(), self.run.autocast():
+            scores = self.evaluation(judged)
+        self.model.train()
+        return scores
+
+    def _draw(self, scores: Scores) -> None:
+        for name, picture in scores.pictures.items():
+            self.run.log.image(name, picture)
+            if self.run.processes.is_main:
+                save_picture(self.run.output / f"{name}.png", picture)
+
+    def finish(self) -> Outcome:
+        if self.config.pictures and self.run.processes.is_main:
+            self._draw(Scores({}, draw_curves(self.run.log.lines(), self.metric)))
+        numbers = {key: value for key, value in self.scores.items() if key != "epoch"}
+        return Outcome(self.scores, {"best": self.best}, f"{self.kind}: {shown(numbers)}")
+
+    # --- evaluation alone ---
+
+    def evaluate_only(self) -> None:
+        """Evaluates the checkpoint that --resume finds, or the weights as they are; says the numbers, and writes pictures."""
+        if self.run.resumed_from is not None:
+            self._load_weights(self.run.resumed_from)
+        scores = self.evaluate()
+        self.run.log.say(f"{self.kind}: {shown(scores.numbers)}")
+        if self.run.processes.is_main and scores.pictures:
+            try:
+                self.run.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"--output_dir {self.config.output_dir}: {error.strerror}") from None
+            self._draw(scores)
+
+    def _load_weights(self, path: Path) -> None:
+        state = self.read_checkpoint(path)
+        self.check_same_run(state, path, 0, 0)  # batch and samples are not looked at
         kept = {"validation_images"}  # another validation set may be evaluated
         if any(state["facts"].get(key) != value for key, value in self.facts.items() if key not in kept):
             raise BadInput(f"checkpoint {path}: made with {state['facts']}, this evaluation has {self.facts}")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.log.say(f"evaluating {path}, epoch {state['epoch'] + 1}, update {state['update']}")
-
-    def _state_of_task(self) -> dict[str, Any]:
-        return {"task": self.task.name, "scores": self.scores, "best": self.best}
-
-    def _load_state_of_task(self, state: dict[str, Any]) -> None:
-        self.scores, self.best = dict(state["scores"]), dict(state["best"])
-
-    def _announce(self) -> None:
-        facts = run_facts(
-            self.config, None, self.processes, self.resumed_from,
-            task=self.task.name, effective_batch=self.batches.effective_batch, lr=self.peak_lr, precision=str(self.precision),
-            samples=len(self.samples), updates_an_epoch=self.batches.updates, updates=self.total_updates, **self.task.facts,
-        )  # fmt: skip
-        self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates + self.first_update)
-        self.log.say(
-            f"{self.task.name}: {self.config.model} ({self.model.encoder.method}) from "  # type: ignore[union-attr]
-            f"{self.config.init_from or 'random weights'}; {len(self.samples)} samples an epoch, effective batch "
-            f"{self.batches.effective_batch}, {self.total_updates} updates, lr {self.peak_lr:.3g}, "
-            f"{self.device} x {self.processes.world}, {str(self.precision).removeprefix('torch.')}"
-        )
-
-    def _loss(self, batch: Batch, watch: Stopwatch) -> Callable[[], Tensor]:
-        return lambda: self._summed(self.task.loss(self.trained, batch))
-
-    def _summed(self, losses: Tensor | dict[str, Tensor]) -> Tensor:
-        """The sum of named losses, each of which is also counted; the log shows those of the main rank."""
-        if isinstance(losses, Tensor):
-            return losses
-        self._add(**{name: float(value.detach()) / self.config.accum_iter for name, value in losses.items()})
-        return torch.stack(list(losses.values())).sum()
-
-    def _after_epoch(self, epoch: int, line: dict[str, Any]) -> None:
-        terms = {name: value / self.meters["updates"] for name, value in self.meters.items() if name.startswith("loss_")}
-        line.update(terms)
-        if (epoch + 1) % self.config.eval_freq and epoch + 1 != self.epochs:
-            return
-        scores = self.evaluate()
-        line.update(scores.numbers)
-        self.scores = {"epoch": epoch, **scores.numbers}
-        if self.scores[self.task.metric] > self.best.get(self.task.metric, float("-inf")):
-            self.best = self.scores
-        self._draw(scores, self._updates_after(epoch))
-
-    def _told(self, line: dict[str, Any]) -> str:
-        return shown({key: line[key] for key in self.scores if key != "epoch" and key in line})
-
-    def evaluate(self) -> Scores:
-        """Scores of the model, or of its moving average where there is one."""
-        judged = self.ema.model if self.ema is not None else self.model
-        judged.eval()
-        self.processes.share(judged.buffers())  # each rank has its own statistics of batch norms
-        with torch.no_grad(), self._autocast():
-            scores = self.task.evaluate(judged)
-        self.model.train()
-        return scores
-
-    def evaluate_only(self) -> None:
-        """Evaluates, says the numbers, and writes pictures."""
-        scores = self.evaluate()
-        self.log.say(f"{self.task.name}: {shown(scores.numbers)}")
-        if self.processes.is_main and scores.pictures:
-            try:
-                Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise BadInput(f"--output_dir {self.config.output_dir}: {error.strerror}") from None
-            self._draw(scores, 0)
-
-    def _draw(self, scores: Scores, update: int) -> None:
-        for name, picture in scores.pictures.items():
-            self.log.image(name, picture, update)
-            if self.processes.is_main:
-                save_picture(Path(self.config.output_dir) / f"{name}.png", picture)
-
-    def _finish(self) -> None:
-        if self.config.pictures and self.processes.is_main:
-            self._draw(Scores({}, draw_curves(self.log.lines(), self.task.metric)), self.total_updates)
-        self.log.close()
-        path = self.log.result(self.task.name, self.config, self.scores, best=self.best, facts=self.task.facts)
-        self.log.say(f"{self.task.name}: {shown({key: self.scores[key] for key in self.scores if key != 'epoch'})}")
-        self._say_where()
-        self.log.say(f"result       {path}")
-        self.processes.barrier()
+        self.run.log.say(f"evaluating {path}, epoch {state['epoch'] + 1}, update {state['update']}")
 
 
 def _free_in_evaluation(config: TaskConfig) -> frozenset[str]:
     """Flags that may differ from those of the run whose weights are evaluated."""
-    others = {one.name for one in fields(config) if one.metadata.get("group") != "model"}
+    others = {flag.name for flag in fields(config) if flag.metadata["group"] != "model"}
     return frozenset(others - {"input_size", "model_ema"}) | FREE_IN_EVALUATION
 
 
@@ -319,12 +293,11 @@ def with_method(config: AnyTask) -> AnyTask:
     return replace(config, method=choose_method(config))
 
 
-def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: type[Supervised] = Supervised) -> None:
+def train_task(config: TaskConfig, build: Callable[[Run], SupervisedTask]) -> None:
     """Trains, or evaluates under --eval_only, from the command line's configuration to result.json.
 
     Args:
         build: makes the task; the weights it starts from are drawn from --seed or loaded by it.
-        kind: of the run.
 
     Raises:
         BadInput: nothing usable in the data, the flags or the checkpoint.
@@ -333,14 +306,15 @@ def train_task(config: TaskConfig, build: Callable[[Processes], Task], kind: typ
     """
     processes = start_processes(config.device, config.dist_timeout)
     try:
+        run = Run(config, processes)
         torch.manual_seed(config.seed)  # the same weights on every rank
-        task = build(processes)
+        task = build(run)
         samples = Samples(task.source, task.transform, config.seed, config.repeat)
-        run = kind(config, task, samples, RankBatches(len(samples), config, processes), processes)
+        batches = RankBatches(len(samples), config, processes)
         if config.eval_only:
-            run.evaluate_only()
+            task.evaluate_only()
         else:
-            run.run()
+            Loop(run, task, samples, batches).train()
     finally:
         processes.close()
 
@@ -367,12 +341,8 @@ def make_encoder(
         more: see :class:`BackboneViT`.
     """
     method = choose_method(config)
-    if config.layer_scale is not None:
-        more["layer_scale"] = config.layer_scale
     try:
-        encoder = build_encoder(
-            config.model, method, config.image_size, drop_path=config.drop_path, checkpointing=config.checkpointing, **more
-        )
+        encoder = build_encoder(config.model, method, config.image_size, **config.encoder_options, **more)
     except ValueError as error:
         raise BadInput(f"--model {config.model}: {error}") from None
     path = config.init_from if weights is None else weights
@@ -404,6 +374,12 @@ def choose_method(config: TaskConfig) -> Method:
     if len(methods) > 1:
         raise BadInput(f"--init_from {path}: made by {' or '.join(methods)}, which it does not say; give --method")
     return methods[0]
+
+
+def layerwise_adamw(model: nn.Module, config: TunedEncoderConfig, lr: float) -> torch.optim.Optimizer:
+    """AdamW with the groups of :func:`layerwise_groups`."""
+    groups = layerwise_groups(model, config.layer_decay, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2))
 
 
 def layerwise_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.training.config import TrainConfig, option, parse_arguments
+from common.training.command_line import parse_arguments
+from common.training.config import TrainConfig, option
 from common.training.data import picture_transform, training_transform
-from common.training.engine import Method, pretrain
+from common.training.engine import PretrainingMethod, pretrain
 from common.training.engine import reconstruction_loss as _loss
 from common.training.errors import run_cli
 from mae_evolved.model import ENCODER_FREE_PREFIXES, MODELS
@@ -29,9 +30,9 @@ class MAEConfig(TrainConfig):
     norm_pix_loss: bool = option(True, "predict pixels normalised within their patch", group="model")
 
 
-def build(config: MAEConfig) -> Method:
+def build(config: MAEConfig) -> PretrainingMethod:
     """MAE as the training loop takes it."""
-    return Method(
+    return PretrainingMethod(
         name="MAE",
         model=MODELS[config.model](input_size=config.image_size, norm_pix_loss=config.norm_pix_loss),
         loss=_loss,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.mask_config import Strategy
-from common.training.config import Interpolation, LrSchedule, option, parse_arguments, with_default
+from common.training.command_line import parse_arguments
+from common.training.config import Interpolation, LrSchedule, option, with_default
 from common.training.data import picture_transform, training_transform
-from common.training.engine import Method, pretrain, reconstruction_loss
+from common.training.engine import PretrainingMethod, pretrain, reconstruction_loss
 from common.training.errors import run_cli
 from common.training.mask_token import MaskTokenConfig
 from simmim_evolved.model import MODELS
@@ -42,9 +43,9 @@ class SimMIMConfig(MaskTokenConfig):
     clip_grad: float | None = with_default(MaskTokenConfig, "clip_grad", 5.0)
 
 
-def build(config: SimMIMConfig) -> Method:
+def build(config: SimMIMConfig) -> PretrainingMethod:
     """SimMIM as the training loop takes it."""
-    return Method(
+    return PretrainingMethod(
         name="SimMIM",
         model=MODELS[config.model](**config.encoder),
         loss=reconstruction_loss,

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.mask_config import MaskConfig
-from common.training.checkpoint import FREE_TO_CHANGE, check_same_run, differences, find_resume, read_checkpoint
-from common.training.config import RunConfig, TrainConfig, parse_arguments, parse_flags
+from common.training.checkpoint import check_same_run, find_resume, read_checkpoint
+from common.training.command_line import parse_arguments, parse_flags
+from common.training.config import ImageSetConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput, Parser, run_cli
 from common.training.sources import find_images, open_source
 from downstream.training import TaskConfig, check_same_task, with_method
@@ -100,7 +101,7 @@ def plan(module: str, flags: Sequence[str], resources: Resources, pending: bool 
         config = with_method(config)
     check_paths(config, pending)
     check_data(module, config)
-    check_checkpoint(config, mask_config, resources.effective_batch)
+    check_checkpoint(module, config, mask_config, resources.effective_batch)
     return words
 
 
@@ -151,7 +152,7 @@ def check_data(module: str, config: RunConfig) -> None:
     module_check = getattr(importlib.import_module(module), "check_data", None)
     if module_check is not None:
         module_check(config)
-    elif not config.data_path or config.dataset not in ("auto", "folder"):
+    elif isinstance(config, ImageSetConfig) and (not config.data_path or config.dataset not in ("auto", "folder")):
         open_source(config)
     elif not has_image(Path(config.data_path)):
         find_images(Path(config.data_path))
@@ -171,10 +172,11 @@ def has_image(root: Path) -> bool:
     return False
 
 
-def check_checkpoint(config: RunConfig, mask_config: MaskConfig | None, effective_batch: int) -> None:
+def check_checkpoint(module: str, config: RunConfig, mask_config: MaskConfig | None, effective_batch: int) -> None:
     """Raises BadInput if the run would continue a checkpoint that cannot be read or was made with other settings.
 
-    Whether the number of images is the same is left to the trainer, which counts them.
+    Whether the number of images is the same is left to the trainer, which counts them. A module that is neither pre-training nor
+    a downstream task has a function `check_checkpoint`.
     """
     path = find_resume(config)
     if path is None:
@@ -184,10 +186,8 @@ def check_checkpoint(config: RunConfig, mask_config: MaskConfig | None, effectiv
         check_same_run(state, path, config, mask_config, effective_batch, state.get("samples", 0))
     elif isinstance(config, TaskConfig):
         check_same_task(state, path, config, effective_batch, state.get("samples", 0))
-    elif "config" in state:
-        differs = differences(state["config"], asdict(config), FREE_TO_CHANGE)
-        if differs:
-            raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+    else:
+        importlib.import_module(module).check_checkpoint(config, path, effective_batch)
 
 
 def add_resources(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,8 @@ import mae_evolved.model
 import simmim_evolved.model
 from beit_evolved import run_beit_pretraining
 from beit_evolved.tokenizer import OWN_FILE, DiscreteVAE
+from common.training.config import RunConfig
+from common.training.optim import Schedule
 from mae_evolved import main_pretrain
 from simmim_evolved import main_simmim
 
@@ -25,6 +27,12 @@ MAINS: dict[str, Callable[[Sequence[str]], None]] = {
 MODELS = {"mae": "mae_vit_tiny_patch4", "beit": "beit_tiny_patch4_8k_vocab", "simmim": "simmim_vit_tiny_patch4"}
 COMMON = "--input_size 16 --batch_size 4 --epochs 4 --warmup_epochs 1 --num_workers 0 --parts_start 8 --parts_end 3 "
 COMMON += "--picture_epochs 0 --device cpu --lr 1e-3"
+
+
+def lr_at(epoch: float, config: RunConfig, peak: float) -> float:
+    """Learning rate of an update that begins at that many epochs, of 1000 updates each."""
+    done = round(epoch * 1000)
+    return Schedule(config, 1000, peak).lr_at(done // 1000, done % 1000)
 
 
 def shallow_models() -> Iterator[tuple[dict[str, Any], str, Any]]:

@@ -13,28 +13,29 @@ from typing import Any
 import torch
 
 from common.evolved_mask import MaskBatch
-from common.training import engine
 from common.training.data import Batch
+from common.training.engine import PretrainingTask
+from common.training.loop import Loop, UpdateNumbers
 from tests.methods import MAINS, shallow_models
 
 losses: list[float] = []
 masks: dict[tuple[int, int], torch.Tensor] = {}
 
-_make_mask, _count = engine.Pretraining._make_mask, engine.Pretraining._count
+_prepare, _count = PretrainingTask.prepare, Loop._count
 
 
-def make_mask(self: engine.Pretraining, batch: Batch) -> MaskBatch:
+def prepare(self: PretrainingTask, batch: Batch, epoch: float) -> MaskBatch:
     """The mask as it is made, and a copy by (epoch, image)."""
-    made = _make_mask(self, batch)
+    made = _prepare(self, batch, epoch)
     for index, mask in zip(batch.sample_ids.tolist(), made.mask, strict=True):
         masks[self.mask.epoch, index] = mask.clone()
     return made
 
 
-def count(self: engine.Pretraining, epoch: int, update: int, loss: float, *rest: Any) -> None:
+def count(self: Loop, epoch: int, update: int, seen: Any, numbers: UpdateNumbers) -> None:
     """The step's numbers as they are counted, and a copy of the loss."""
-    losses.append(loss)
-    _count(self, epoch, update, loss, *rest)
+    losses.append(numbers.loss)
+    _count(self, epoch, update, seen, numbers)
 
 
 def main(file: Path) -> None:
@@ -54,7 +55,7 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    engine.Pretraining._make_mask = make_mask  # type: ignore[method-assign]
-    engine.Pretraining._count = count  # type: ignore[method-assign]
+    PretrainingTask.prepare = prepare  # type: ignore[method-assign]
+    Loop._count = count  # type: ignore[method-assign]
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from beit_evolved.model import BEiT
-from common.training import engine
 from common.training.checkpoint import LAST
+from common.training.loop import Loop
 from mae_evolved.model import MaskedAutoencoder
 from simmim_evolved.model import SimMIM, masked_l1
 from tests.conftest import assert_same, free_ports, read_log, run_module
@@ -47,14 +47,14 @@ def final_state(output: Path) -> dict[str, object]:
 
 def stop_before(monkeypatch: pytest.MonkeyPatch, place: tuple[int, int]) -> None:
     """Ends the process's work before this (epoch, update), as a time limit would."""
-    original = engine.Pretraining._train_update
+    original = Loop._train_update
 
-    def cut(self: engine.Pretraining, epoch: int, update: int, *rest: object) -> None:
+    def cut(self: Loop, epoch: int, update: int, *rest: object) -> None:
         if (epoch, update) == place:
             raise KeyboardInterrupt
         original(self, epoch, update, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine.Pretraining, "_train_update", cut)
+    monkeypatch.setattr(Loop, "_train_update", cut)
 
 
 @pytest.mark.parametrize("method", ["beit", "simmim"])

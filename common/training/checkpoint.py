@@ -17,7 +17,7 @@ move both ways):
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import nn
 
 from common import states
 from common.mask_config import MaskConfig
-from common.training.config import RunConfig, TrainConfig
+from common.training.config import OutputConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput
 from common.training.safe_load import safe_load
 
@@ -72,7 +72,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def find_resume(config: RunConfig) -> Path | None:
+def find_resume(config: OutputConfig) -> Path | None:
     """The checkpoint that a run continues. The first that applies:
 
     1. --resume PATH: that file; it must exist.
@@ -90,12 +90,30 @@ def find_resume(config: RunConfig) -> Path | None:
 def check_same_run(
     state: dict[str, Any], path: Path, config: TrainConfig, mask_config: MaskConfig, effective_batch: int, samples: int
 ) -> None:
-    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run with these settings."""
+    """Raises BadInput, naming what differs, unless the checkpoint belongs to a pre-training run with these settings."""
     if "config" not in state or "mask" not in state:
         raise BadInput(f"checkpoint {path}: has no training state to resume; --init_from takes its weights")
-    differs = differences(state["config"], asdict(config), FREE_TO_CHANGE) + differences(
-        state["mask_config"], asdict(mask_config)
-    )
+    check_same_settings(state, path, config, effective_batch, samples, mask_config)
+
+
+def check_same_settings(
+    state: dict[str, Any],
+    path: Path,
+    config: RunConfig,
+    effective_batch: int,
+    samples: int,
+    mask_config: MaskConfig | None = None,
+    free: frozenset[str] = FREE_TO_CHANGE,
+) -> None:
+    """Raises BadInput, naming what differs, unless the checkpoint belongs to a run with these settings.
+
+    Args:
+        effective_batch: images an update.
+        samples: images an epoch.
+        free: flags that may differ.
+    """
+    differs = differences(state["config"], config, free)
+    differs += differences(state["mask_config"], mask_config) if mask_config is not None else []
     for name, value in (("effective_batch", effective_batch), ("samples", samples)):
         if state[name] != value:
             differs.append(f"{name} {state[name]} -> {value}")
@@ -103,9 +121,19 @@ def check_same_run(
         raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
 
 
-def differences(saved: dict[str, Any], mine: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
-    """A line `--flag saved -> mine` for each value that differs, flags in `free` left out."""
-    return states.differences(saved, mine, free=free, prefix="--")
+def differences(saved: dict[str, Any], config: Any, free: frozenset[str] = frozenset()) -> list[str]:
+    """A line `--flag saved -> now` for each flag that differs, those in `free` left out.
+
+    A flag that is newer than the checkpoint counts as its default, with which a run does what it did before there was the flag.
+    One that the command had without using it (`former_flags`) does not count.
+
+    Args:
+        saved: flags of the run that wrote the checkpoint.
+        config: a dataclass of flags.
+    """
+    defaults = {flag.name: flag.default for flag in fields(config)}
+    unused = frozenset(getattr(config, "former_flags", {}))
+    return states.differences({**defaults, **saved}, asdict(config), free=free | unused, prefix="--")
 
 
 def load_weights(model: nn.Module, path: Path, may_miss: tuple[str, ...] = ()) -> str:

@@ -25,7 +25,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from common.draws import Stream, hash_seed
-from common.training.config import RunConfig
+from common.training.config import DataConfig, ImageSetConfig, RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from common.training.interrupt import shield_worker
@@ -187,7 +187,7 @@ class RankBatches(Sampler[list[Key]]):
 def make_loader(
     samples: Samples,
     batches: Iterable[list[Key]],
-    config: RunConfig,
+    config: DataConfig,
     processes: Processes,
     collate_fn: Callable[[list[Any]], Batch] = collate,
 ) -> DataLoader[Any]:
@@ -214,23 +214,23 @@ def count_workers(asked: int) -> int:
     return min(10, len(os.sched_getaffinity(0)) // ranks)
 
 
-def training_transform(config: RunConfig) -> Transform:
+def training_transform(config: ImageSetConfig) -> Transform:
     """Random resized crop, flip, ImageNet normalisation: the augmentation of MAE and of SimMIM."""
     return transforms.Compose([*_crop_and_flip(config), *_to_tensor()])
 
 
-def colour_transform(config: RunConfig) -> Transform:
+def colour_transform(config: ImageSetConfig) -> Transform:
     """Random resized crop and flip, as colours in 0..1: what a tokenizer takes."""
     return transforms.Compose([*_crop_and_flip(config), transforms.ToTensor()])
 
 
-def _crop_and_flip(config: RunConfig) -> list[Any]:
+def _crop_and_flip(config: ImageSetConfig) -> list[Any]:
     interpolation = InterpolationMode(config.interpolation)
     crop = transforms.RandomResizedCrop(config.image_size, scale=config.crop_scale, interpolation=interpolation)
     return [crop, *([transforms.RandomHorizontalFlip()] if config.flip else [])]
 
 
-def picture_transform(config: RunConfig) -> Transform:
+def picture_transform(config: DataConfig) -> Transform:
     """The middle of an image, for pictures."""
     height, width = config.image_size
     middle = [

@@ -3,27 +3,67 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from common.moving_average import EncoderEMA
-from common.training.config import RunConfig
+from common.training.config import AdamWConfig, EpochsConfig, OptimisationConfig, RunConfig
 
-__all__ = ["EncoderEMA", "absolute_lr", "lr_after", "lr_at", "make_optimizer"]
-
-
-def absolute_lr(config: RunConfig, effective_batch: int) -> float:
-    """--lr, or blr * effective batch / blr_batch (the linear scaling rule)."""
-    return config.lr if config.lr is not None else config.blr * effective_batch / config.blr_batch
+__all__ = ["EncoderEMA", "Schedule", "absolute_lr", "lr_after", "make_optimizer"]
 
 
-def lr_at(epoch: float, config: RunConfig, peak: float) -> float:
-    """Learning rate at a fractional epoch of a run whose length is --epochs."""
-    return lr_after(epoch, config.warmup_epochs, config.epochs, config, peak)
+def absolute_lr(config: OptimisationConfig, effective_batch: int) -> float:
+    """--lr, or where there is none blr * effective batch / blr_batch (the linear scaling rule)."""
+    if config.lr is not None:
+        return config.lr
+    assert isinstance(config, EpochsConfig)
+    return config.blr * effective_batch / config.blr_batch
 
 
-def lr_after(done: float, warmup: float, total: float, config: RunConfig, peak: float) -> float:
+@dataclass(frozen=True)
+class Schedule:
+    """Length of a run in updates, and the learning rate of each.
+
+    Attributes:
+        config: names length, warm-up and decay.
+        updates_an_epoch: updates for which there are samples.
+        peak: learning rate after the warm-up.
+    """
+
+    config: RunConfig
+    updates_an_epoch: int
+    peak: float
+
+    @property
+    def total_updates(self) -> int:
+        """Updates of the run."""
+        length = self.config.length
+        return int(length.total) if length.unit == "updates" else int(length.total) * self.updates_an_epoch
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the run; the last one may be cut short by `total_updates`."""
+        return -(-self.total_updates // self.updates_an_epoch)
+
+    def updates_in(self, epoch: int) -> int:
+        """Updates of this epoch."""
+        return min(self.updates_an_epoch, self.total_updates - epoch * self.updates_an_epoch)
+
+    def updates_after(self, epoch: int) -> int:
+        """Updates of the run that are done when this epoch is."""
+        return epoch * self.updates_an_epoch + self.updates_in(epoch)
+
+    def lr_at(self, epoch: int, update: int) -> float:
+        """Learning rate of an update, counted from 0 in its epoch."""
+        length, done = self.config.length, epoch + update / self.updates_an_epoch
+        if length.unit == "updates":
+            done *= self.updates_an_epoch
+        return lr_after(done, length.warmup, length.total, self.config, self.peak)
+
+
+def lr_after(done: float, warmup: float, total: float, config: OptimisationConfig, peak: float) -> float:
     """Learning rate: linear warm-up, then the schedule that the configuration names.
 
     Args:
@@ -46,7 +86,7 @@ def _ramp(done: float, warmup: float, start: float) -> float:
     return 1.0 if done >= warmup else start + (1 - start) * done / warmup
 
 
-def make_optimizer(model: nn.Module, config: RunConfig, lr: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: AdamWConfig, lr: float) -> torch.optim.AdamW:
     """AdamW; weights in the second group; biases, everything one-dimensional and `model.no_weight_decay` in the first.
 
     The order of the groups is that of the official optimizer state of MAE and BEiT, so that it loads here and there.

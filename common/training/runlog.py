@@ -35,6 +35,7 @@ class RunLog:
         self.folder = Path(config.output_dir)
         self.tensorboard_folder = Path(config.log_dir) if config.log_dir else self.folder / "tensorboard"
         self.active = processes.is_main
+        self.update = 0  # updates of the run that are done, as far as the loop has told
         self.writer: SummaryWriter | None = None
 
     def open(self, facts: dict[str, Any], first_epoch: int, first_update: int) -> None:
@@ -56,25 +57,25 @@ class RunLog:
         log = self.folder / "log.txt"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
-    def epoch(self, line: dict[str, Any], update: int) -> None:
-        """Appends the epoch's line, and its numbers to TensorBoard."""
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Appends the epoch's line, and its numbers to TensorBoard at `update`."""
         if not self.active:
             return
         with (self.folder / "log.txt").open("a") as file:
             file.write(json.dumps(line) + "\n")
         for key, value in line.items():
             if isinstance(value, (int, float)):
-                self.scalar(f"epoch/{key}", value, update)
+                self.scalar(f"epoch/{key}", value, self.update)
 
     def scalar(self, name: str, value: float, update: int) -> None:
         """A number for TensorBoard."""
         if self.writer:
             self.writer.add_scalar(name, value, update)
 
-    def image(self, name: str, picture: Any, update: int) -> None:
-        """A picture [H, W, 3] uint8 for TensorBoard."""
+    def image(self, name: str, picture: Any) -> None:
+        """A picture [H, W, 3] uint8 for TensorBoard, at `update`."""
         if self.writer:
-            self.writer.add_image(name, picture, update, dataformats="HWC")
+            self.writer.add_image(name, picture, self.update, dataformats="HWC")
 
     def forget_result(self) -> None:
         """Removes the result of an earlier run in this folder: called when there is something left to train."""
@@ -85,8 +86,8 @@ class RunLog:
         """Writes result.json: the last numbers, and what they are of. Called when the run is finished."""
         path = self.folder / RESULT
         if self.active:
-            held = {"task": task, "metrics": metrics, "seed": config.seed, **more, "config": asdict(config)}
-            write_text(path, json.dumps(held, indent=2) + "\n")
+            result = {"task": task, "metrics": metrics, "seed": config.seed, **more, "config": asdict(config)}
+            write_text(path, json.dumps(result, indent=2) + "\n")
         return path
 
     def close(self) -> None:
@@ -112,7 +113,7 @@ class RunLog:
 
 
 def run_facts(
-    config: RunConfig, mask_config: MaskConfig | None, processes: Processes, resumed_from: Path | None, **more: Any
+    config: RunConfig, processes: Processes, resumed_from: Path | None, mask: MaskConfig | None = None, **more: Any
 ) -> dict[str, Any]:
     """What is needed to repeat a run."""
     gpu = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else None
@@ -120,7 +121,7 @@ def run_facts(
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": asdict(config),
-        "mask": asdict(mask_config) if mask_config else None,
+        "mask": asdict(mask) if mask else None,
         "git": _git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": {

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common.training.config import RunConfig
+from common.training.config import ImageSetConfig
 from common.training.errors import BadInput
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -108,7 +108,7 @@ class ArraySource:
         return f"{self.label}[{index}]"
 
 
-def open_source(config: RunConfig) -> ImageSource:
+def open_source(config: ImageSetConfig) -> ImageSource:
     """The source that --dataset and --data_path name.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
-from common.training.config import RunConfig
+from common.training.config import ImageSetConfig
 from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Transform
 from common.training.errors import BadInput
 from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource, FileSource, ImageSource, is_image, read_idx
@@ -84,7 +84,7 @@ def draw_subset(source: LabelledImages, count: int, seed: int) -> LabelledImages
     return LabelledSubset(source, order[turn.argsort(stable=True)[:count]].sort().values.tolist())
 
 
-def open_labelled(config: RunConfig, train: bool) -> LabelledImages:
+def open_labelled(config: ImageSetConfig, train: bool) -> LabelledImages:
     """The training or the validation set that --dataset and --data_path name.
 
     Raises:
@@ -110,7 +110,7 @@ def same_classes(train: LabelledImages, val: LabelledImages, data_path: str) -> 
         raise BadInput(f"--data_path {data_path}: train and val have different classes: {', '.join(differ[:8])}")
 
 
-def _folder(config: RunConfig, train: bool) -> LabelledImages:
+def _folder(config: ImageSetConfig, train: bool) -> LabelledImages:
     if not config.data_path:
         raise BadInput("--data_path is needed: a folder with train/<class>/ and val/<class>/")
     folder = Path(config.data_path) / ("train" if train else "val")
@@ -127,7 +127,7 @@ def _folder(config: RunConfig, train: bool) -> LabelledImages:
     return LabelledImages(FileSource([path for path, _ in samples]), [label for _, label in samples], classes)
 
 
-def _named_set(kind: str, config: RunConfig, train: bool) -> tuple[np.ndarray, Any, list[str]]:
+def _named_set(kind: str, config: ImageSetConfig, train: bool) -> tuple[np.ndarray, Any, list[str]]:
     """Images uint8 [n, H, W(, 3)], labels, names."""
     root, download = config.data_path, config.download
     if kind == "fashion-mnist" and not download and (folder := _debian_folder(root)):

@@ -13,12 +13,12 @@ from torch import Tensor
 from beit_evolved.model import BEiT
 from beit_evolved.run_beit_pretraining import PROGRAM, BEiTConfig, TokenLoss, TwoViews, build, main
 from common.training.checkpoint import LAST
-from common.training.config import parse_arguments
+from common.training.command_line import parse_arguments
 from common.training.data import Batch, denormalise, seeded
 from common.training.errors import BadInput
-from common.training.optim import absolute_lr, lr_at
+from common.training.optim import absolute_lr
 from tests.conftest import ROOT, run_module
-from tests.methods import flags, write_tokenizer
+from tests.methods import flags, lr_at, write_tokenizer
 
 RECIPES = ROOT / "beit_evolved" / "recipes"
 

@@ -13,7 +13,7 @@ from beit_evolved.run_beit_pretraining import BEiTConfig
 from common.evolved_mask import EvolvedMask
 from common.mask_config import MaskConfig
 from common.masks import BLOCK_DRAWS, count_masked_units, mae_ids, official_block_draws, official_block_masks, unit_masks
-from common.training.config import parse_arguments
+from common.training.command_line import parse_arguments
 from common.training.errors import BadInput
 from mae_evolved import main_pretrain
 from mae_evolved.main_pretrain import MAEConfig

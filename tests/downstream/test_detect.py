@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 import downstream.vit
 import mae_evolved.model
 from beit_evolved.model import BEiT
-from common.training.config import parse_flags
+from common.training.command_line import parse_flags
 from common.training.distributed import start_processes
 from common.training.errors import BadInput
 from common.visualize.colours import distinct_colours, text_colour

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from common.training.data import Batch
 from common.training.errors import BadInput, run_cli
+from common.training.task import Run
 from downstream import linear_probe
 from downstream.classification.labelled import middle, open_labelled
 from downstream.linear_probe import ProbeConfig, Probes, extract, knn_votes, probe_loss
@@ -138,7 +139,7 @@ def test_features_of_a_set_are_those_of_its_middles(images: Path) -> None:
     """In the order of the set, for every layer: what the uncached model computes for the middle crop of each image."""
     config = config_for(images)
     model, val = small_probes((0, 1, 2)), open_labelled(config, train=False)
-    features, labels = extract(model, val, config, ONE)
+    features, labels = extract(model, val, config, Run(config, ONE))
     assert labels.tolist() == val.labels
     assert features.shape == (21, 3, 24)
     for index in (0, 7, 20):
@@ -197,7 +198,8 @@ def test_numbers_of_a_run(probe: Callable[..., Path], images: Path, checkpoint: 
     )
     model.load_state_dict(held["model"])
     config = config_for(images)
-    (bank, labels), (features, truth) = (extract(model, open_labelled(config, train=part), config, ONE) for part in (True, False))
+    sets = (open_labelled(config, train=part) for part in (True, False))
+    (bank, labels), (features, truth) = (extract(model, images, config, Run(config, ONE)) for images in sets)
     logits = model.eval()(features).detach()
     expected: dict[str, float] = {"epoch": 2}
     for layer in (0, 1, 2):
@@ -313,8 +315,8 @@ def test_layers(layer: str, expected: tuple[int, ...]) -> None:
         ("--knn ,", "--knn must be counts such as 10,20, or empty"),
         ("--knn 3,29", "--knn 3,29: more neighbours than the 28 training images"),
         ("--knn 20 --subset 14", "--knn 20: more neighbours than the 14 training images"),
-        ("--drop_path 0.1", "--drop_path must be 0: the encoder is frozen, got 0.1"),
-        ("--layer_decay 0.65", "--layer_decay must be 1: the encoder is frozen, got 0.65"),
+        ("--drop_path 0.1", "--drop_path has no effect on linear probing: the encoder is frozen"),
+        ("--layer_decay 0.65", "--layer_decay has no effect on linear probing: the encoder is frozen"),
         ("--crop_pct 1.1", "--crop_pct must be in (0, 1], got 1.1"),
         ("--layer all --clip_grad 1", "--clip_grad must be left out for several layers: it would tie their heads together"),
         ("--subset 29", "--subset 29: there are 28 training images"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import downstream
-from common.training.config import parse_flags
+from common.training.command_line import parse_flags
 from downstream.finetune import FinetuneConfig
 from downstream.linear_probe import ProbeConfig
 from downstream.training import TaskConfig

@@ -19,12 +19,13 @@ from torch.nn import functional
 import downstream.vit
 import mae_evolved.model
 from common.training.checkpoint import LAST
-from common.training.config import parse_flags
+from common.training.command_line import parse_flags
 from common.training.data import Batch
 from common.training.distributed import Processes
 from common.training.errors import BadInput
+from common.training.loop import Loop
 from common.training.runlog import RESULT
-from downstream import training
+from common.training.task import Run as TaskRun
 from downstream.confusion import IGNORED, confusion_matrix, scores_of
 from downstream.segment import PROGRAM, SegmentConfig, build, main, make_loss
 from downstream.segmentation import pictures as segmentation_pictures
@@ -195,15 +196,15 @@ def state_of(output: Path) -> dict[str, object]:
 def test_exact_resume(run: Run, monkeypatch: pytest.MonkeyPatch, place: tuple[int, int], more: str) -> None:
     """8 updates (4 epochs) equal a cut-off run and its resume, to the bit: weights, optimiser, scores, log, result."""
     whole = run("whole", more)
-    original = training.Supervised._train_update
+    original = Loop._train_update
 
-    def cut(self: training.Supervised, epoch: int, update: int, *rest: object) -> None:
+    def cut(self: Loop, epoch: int, update: int, *rest: object) -> None:
         if (epoch, update) == place:
             raise KeyboardInterrupt
         original(self, epoch, update, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Supervised, "_train_update", cut)
+        patch.setattr(Loop, "_train_update", cut)
         with pytest.raises(KeyboardInterrupt):
             run("parts", more)
     assert not (whole.parent / "parts" / RESULT).exists()
@@ -229,7 +230,7 @@ def test_numbers_are_those_of_the_model_that_was_saved(run: Run, scenes: Path) -
     """The result again from the last checkpoint: images one by one, in whole and by hand."""
     output = run("run", "--inference whole")
     config = parse_flags(SegmentConfig, PROGRAM, "", f"{TINY} --data_path {scenes}".split())
-    model = build(config, ALONE).model
+    model = build(config, TaskRun(config, ALONE)).model
     model.load_state_dict(torch.load(output / LAST, weights_only=True)["model"])
     model.eval()
     source = SegmentationSource(scenes, "validation", CLASSES)

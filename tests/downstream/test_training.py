@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from common.training.config import Length
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from downstream import finetune, linear_probe
 from downstream.classification.labelled import LabelledImages, middle, open_labelled
 from downstream.finetune import Classifier, FinetuneConfig, make_task
-from downstream.training import TaskConfig, evaluation_batches, layerwise_groups, train_task
+from downstream.training import evaluation_batches, layerwise_groups, train_task
 from downstream.vit import METHODS, BackboneViT, Method
 from tests.conftest import read_log
 from tests.downstream.labelled_folder import ONE, SMALL, assert_refused, result, saved, shrink_models, write_set
@@ -91,12 +92,8 @@ class Counted(FinetuneConfig):
     """Seven updates, two of them warm-up."""
 
     @property
-    def total_updates(self) -> int:
-        return 7
-
-    @property
-    def warmup_updates(self) -> int:
-        return 2
+    def length(self) -> Length:
+        return Length(7, 2, "updates")
 
 
 @pytest.mark.usefixtures("small")
@@ -107,7 +104,7 @@ def test_run_counted_in_updates(images: Path, tmp_path: Path) -> None:
         **{"lr": 1e-3, "min_lr": 1e-4, "lr_schedule": "poly", "lr_power": 0.9, "warmup_epochs": 0, "eval_freq": 9},
         **{"output_dir": str(tmp_path / "out"), "device": "cpu", "pictures": 0, "method": "mae"},
     )
-    train_task(config, lambda processes: make_task(config, processes))
+    train_task(config, lambda run: make_task(config, run))
     lines = read_log(tmp_path / "out")
     assert [line["images"] for line in lines] == [24, 24, 8]
     rates = [(1e-4 + 9e-4 * (1 - step / 7) ** 0.9) * min(step / 2, 1) for step in range(7)]
@@ -158,7 +155,7 @@ def test_an_old_result_does_not_outlive_the_next_start(tune: Callable[..., Path]
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("downstream.training.Supervised._train_epoch", stop)
+    monkeypatch.setattr("common.training.loop.Loop._train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         tune("out", "--resume none")
     assert not (output / "result.json").exists()
@@ -287,7 +284,7 @@ def test_predictions_are_drawn_from_all_classes(images: Path) -> None:
 )
 def test_flags_of_every_task(values: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        TaskConfig(**values)
+        FinetuneConfig(**values)
 
 
 def test_layer_scale_of_an_encoder_that_has_none(tune: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from common.training.config import parse_arguments
+from common.training.command_line import parse_arguments
 from common.training.errors import BadInput
-from common.training.optim import absolute_lr, lr_at, make_optimizer
+from common.training.optim import absolute_lr, make_optimizer
 from simmim_evolved.main_simmim import PROGRAM, SimMIMConfig, build
 from tests.conftest import ROOT, run_module
+from tests.methods import lr_at
 
 RECIPES = ROOT / "simmim_evolved" / "recipes"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.mask_config import MaskConfig
-from common.training.config import parse_arguments
+from common.training.command_line import parse_arguments
 from common.training.errors import BadInput, run_cli
 from mae_evolved.main_pretrain import MAEConfig
 

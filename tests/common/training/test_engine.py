@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.training import engine
 from common.training.checkpoint import LAST
 from common.training.data import Batch
 from common.training.errors import BadInput, NonFiniteLoss
 from common.training.interrupt import Interrupted
-from common.training.loop import BEFORE_FAILURE
+from common.training.loop import BEFORE_FAILURE, Loop
 from mae_evolved import main_pretrain
 from tests.conftest import assert_same, read_log
 
@@ -35,14 +34,14 @@ def trained_state(output: Path) -> dict[str, object]:
 
 def stop_at_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     """Ends the process's work at the start of an epoch, as a time limit would."""
-    original = engine.Pretraining._train_epoch
+    original = Loop._train_epoch
 
-    def cut(self: engine.Pretraining, current: int, loader: object) -> None:
+    def cut(self: Loop, current: int, loader: object) -> None:
         if current == epoch:
             raise KeyboardInterrupt
         original(self, current, loader)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine.Pretraining, "_train_epoch", cut)
+    monkeypatch.setattr(Loop, "_train_epoch", cut)
 
 
 @pytest.mark.parametrize("flags", ["", "--recipe authors --schedule_epochs 4", "--mask block --accum_iter 2", "--num_workers 2"])
@@ -62,15 +61,15 @@ def test_four_epochs_equal_two_and_a_resume(train: Train, monkeypatch: pytest.Mo
 def test_resume_in_the_middle_of_an_epoch(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """--save_steps: cut off after update 3 of 4 of epoch 1, a run goes on from update 2 and ends the same."""
     whole = train("whole")
-    original = engine.Pretraining._train_update
+    original = Loop._train_update
 
-    def cut(self: engine.Pretraining, epoch: int, update: int, *rest: object) -> None:
+    def cut(self: Loop, epoch: int, update: int, *rest: object) -> None:
         if (epoch, update) == (1, 3):
             raise KeyboardInterrupt
         original(self, epoch, update, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Pretraining, "_train_update", cut)
+        patch.setattr(Loop, "_train_update", cut)
         with pytest.raises(KeyboardInterrupt):
             train("parts", "--save_steps 2")
     state = torch.load(whole.parent / "parts" / LAST, weights_only=True)
@@ -204,15 +203,15 @@ def test_evolution_is_there_after_a_signal_and_whole_after_a_resume(
     """SIGTERM in an update: the figure of the epochs so far; the resumed run's is that of one never stopped, to the byte."""
     flags = "--picture_epochs 5 --picture_images 2"
     whole = train("whole", flags)
-    original = engine.Pretraining._train_update
+    original = Loop._train_update
 
-    def signalled(self: engine.Pretraining, epoch: int, update: int, *rest: object) -> None:
+    def signalled(self: Loop, epoch: int, update: int, *rest: object) -> None:
         if (epoch, update) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, epoch, update, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Pretraining, "_train_update", signalled)
+        patch.setattr(Loop, "_train_update", signalled)
         with pytest.raises(Interrupted):
             train("parts", flags)
     figure = whole.parent / "parts" / "masks" / "evolution.png"

@@ -140,9 +140,9 @@ def test_run_with_a_loader_that_fails_ends_with_its_own_error(image_folder: Path
     """Its workers ignore SIGTERM, which must not keep it from ending, nor hide the error behind theirs."""
     flags = f"{TINY} --num_workers 1 --data_path {image_folder} --output_dir {tmp_path}"
     fails = (
-        "import sys; from common.training import engine; from mae_evolved.main_pretrain import main\n"
+        "import sys; from common.training.loop import Loop; from mae_evolved.main_pretrain import main\n"
         "def count(*arguments): raise RuntimeError('the disk of this node is gone')\n"
-        "engine.Pretraining._count = count\n"
+        "Loop._count = count\n"
         "main(sys.argv[1:])"
     )
     ended = subprocess.run([sys.executable, "-c", fails, *flags.split()], cwd=ROOT, capture_output=True, text=True, timeout=100)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from common.training.config import TrainConfig
-from common.training.optim import EncoderEMA, absolute_lr, lr_after, lr_at, make_optimizer
+from common.training.optim import EncoderEMA, absolute_lr, lr_after, make_optimizer
+from tests.methods import lr_at
 
 
 def test_learning_rate_by_hand() -> None:
@@ -74,7 +75,7 @@ def test_poly_schedule_by_hand() -> None:
 
 
 def test_schedules_in_updates_and_in_epochs_agree() -> None:
-    """lr_after takes any unit; lr_at is that of epochs."""
+    """lr_after takes any unit; a schedule of --epochs counts in epochs."""
     for schedule in ("cosine", "multistep", "poly"):
         config = TrainConfig(lr_schedule=schedule, epochs=20, warmup_epochs=4, lr_milestones="0.5,0.875", min_lr=1e-3)  # type: ignore[arg-type]
         for epoch in (0.0, 1.5, 4.0, 9.9, 10.0, 17.5, 19.99):

@@ -1,0 +1,146 @@
+"""Command line and TOML file -> a checked configuration.
+
+Every flag is a field of the command's configuration (common/training/config.py), and so is every key of a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+
+from common.flags import WideHelp, add_flag, add_mask_flags, mask_config_from, mask_options, scalar_type
+from common.mask_config import MaskConfig
+from common.training.config import FormerFlag, RunConfig, TrainConfig
+from common.training.errors import BadInput, Parser
+
+HEADINGS = ("data", "optimisation", "run", "model")
+"""Order of the groups in --help; others follow."""
+
+Config = TypeVar("Config", bound=TrainConfig)
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+
+
+def parse_flags(config_class: type[AnyConfig], program: str, description: str, argv: Sequence[str]) -> AnyConfig:
+    """Command line -> checked configuration of a run without masks.
+
+    Precedence, the later wins: defaults, then --config, then the flags.
+
+    Raises:
+        BadInput: an unknown flag or key, an unreadable file, or a value outside its range.
+    """
+    parser = make_parser(config_class, program, description)
+    return config_class(**read_values(config_class, parser, get_type_hints(config_class), argv))
+
+
+def parse_arguments(config_class: type[Config], program: str, description: str, argv: Sequence[str]) -> tuple[Config, MaskConfig]:
+    """Command line -> checked configuration.
+
+    Precedence, the later wins: defaults, then --recipe, then --config, then the flags.
+
+    Raises:
+        BadInput: an unknown flag or key, an unreadable file, or a value outside its range.
+    """
+    parser = make_parser(config_class, program, description)
+    add_mask_flags(parser)
+    hints = {**get_type_hints(config_class), **get_type_hints(MaskConfig), "recipe": str}
+    values = read_values(config_class, parser, hints, argv)
+    try:
+        mask = mask_config_from(values).with_official(config_class.official_mask)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from None
+    for name in mask_options(values):
+        del values[name]
+    return config_class(**values), mask
+
+
+def make_parser(config_class: type[RunConfig], program: str, description: str) -> argparse.ArgumentParser:
+    """--config, and a flag for each field, under the headings of their groups."""
+    usage = f"{program} [flags]"
+    parser = Parser(prog=program, description=description, allow_abbrev=False, formatter_class=WideHelp, usage=usage)
+    parser.add_argument(
+        "--config", default=argparse.SUPPRESS, metavar="FILE", help="TOML file of flags, such as those in recipes/"
+    )
+    headings = dict.fromkeys((*HEADINGS, *(flag.metadata["group"] for flag in fields(config_class))))
+    groups = {heading: parser.add_argument_group(heading) for heading in headings}
+    hints = get_type_hints(config_class)
+    for flag in fields(config_class):
+        add_flag(groups[flag.metadata["group"]], flag, hints[flag.name])
+    for name, former in config_class.former_flags.items():
+        _add_former_flag(parser, name, former)
+    return parser
+
+
+def _add_former_flag(parser: argparse.ArgumentParser, name: str, former: FormerFlag) -> None:
+    """Not shown, and taken only to be refused with its reason, or passed over at its neutral value."""
+    hidden: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    if isinstance(former.neutral, bool):
+        parser.add_argument(f"--{name}", action="store_const", const=[True], **hidden)
+        parser.add_argument(f"--no_{name}", action="store_const", const=[False], **hidden)
+    else:
+        parser.add_argument(f"--{name}", nargs="*", **hidden)
+
+
+def read_values(
+    config_class: type[RunConfig], parser: argparse.ArgumentParser, hints: dict[str, Any], argv: Sequence[str]
+) -> dict[str, Any]:
+    """Flags over the values of the file that --config names; what has no effect is refused or left out."""
+    flags = vars(parser.parse_args(argv))
+    file = flags.pop("config", None)
+    return {
+        **(_read_toml(file, hints, config_class.former_flags) if file else {}),
+        **_without_former(flags, config_class.former_flags),
+    }
+
+
+def _without_former(values: dict[str, Any], former_flags: dict[str, FormerFlag]) -> dict[str, Any]:
+    """`values` without former flags at their neutral values.
+
+    Raises:
+        BadInput: a former flag with another value.
+    """
+    for name in values.keys() & former_flags.keys():
+        if not _is(former_flags[name].neutral, values[name]):
+            raise BadInput(f"--{name} {former_flags[name].reason}")
+    return {name: value for name, value in values.items() if name not in former_flags}
+
+
+def _is(neutral: Any, value: Any) -> bool:
+    """Whether a value from a file, or words from a command line, say the neutral value."""
+    expected = list(neutral) if isinstance(neutral, tuple) else [neutral]
+    words = value if isinstance(value, list) else [value]
+    try:
+        return [type(item)(word) for item, word in zip(expected, words, strict=True)] == expected
+    except ValueError:
+        return False
+
+
+def _read_toml(file: str, hints: dict[str, Any], former_flags: dict[str, FormerFlag]) -> dict[str, Any]:
+    """Keys and values of a recipe file, types checked."""
+    try:
+        values = tomllib.loads(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"--config {file}: {error}") from None
+    values = _without_former(values, former_flags)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise BadInput(f"--config {file}: unknown key {', '.join(unknown)}")
+    return {key: _typed(value, hints[key], f"--config {file}: {key}") for key, value in values.items()}
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    if get_origin(hint) is tuple:
+        if not (isinstance(value, list) and len(value) == 2 and all(type(bound) in (int, float) for bound in value)):
+            raise BadInput(f"{where} must be two numbers, got {value!r}")
+        return tuple(map(float, value))
+    wanted = str if get_origin(hint) is Literal else scalar_type(hint)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is str and type(value) is int:
+        return str(value)
+    if type(value) is not wanted:
+        raise BadInput(f"{where} must be {wanted.__name__}, got {value!r}")
+    return value
