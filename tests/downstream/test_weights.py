@@ -65,9 +65,9 @@ def tokens_of_blocks(blocks: nn.ModuleList, run: Callable[[], Any]) -> list[Tens
 
 def assert_same_tokens(encoder: BackboneViT, images: Tensor, expected: list[Tensor]) -> None:
     with torch.no_grad():
-        found = encoder(images, range(encoder.depth))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+        outputs = encoder(images, range(encoder.depth))
+    for output, tokens in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, tokens, atol=2e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -119,8 +119,8 @@ def test_wrappers_and_prefixes(method: Method, tmp_path: Path) -> None:
         encoder = fresh(method, (20, 20))
         load_encoder(encoder, tmp_path / "one.pth", method)
         states.append(encoder.state_dict())
-    for other in states[1:]:
-        assert all(torch.equal(value, other[key]) for key, value in states[0].items())
+    for state in states[1:]:
+        assert all(torch.equal(value, state[key]) for key, value in states[0].items())
     assert not torch.equal(states[0]["blocks.2.mlp.fc1.weight"], fresh(method, (20, 20)).state_dict()["blocks.2.mlp.fc1.weight"])
 
 

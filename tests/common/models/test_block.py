@@ -186,6 +186,17 @@ def test_the_attribute_chooses_the_path(key_bias: bool, table: tuple[int, int] |
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_maps_of_a_fused_block_are_an_error_until_it_is_turned_off() -> None:
+    block, tokens = Block(Attention(WIDTH, HEADS, fused=True)), torch.randn(2, 7, WIDTH)
+    with pytest.raises(RuntimeError, match=r"block 0 \(Block\).*attn_drop.*fused_attn = False"), AttentionTap([block]):
+        block(tokens)
+    block.attn.fused_attn = False
+    with AttentionTap([block]) as tap:
+        block(tokens)
+    assert tap.maps[0].shape == (2, HEADS, 7, 7)
+
+
 def test_one_position_bias_only() -> None:
     attention = Attention(WIDTH, HEADS, table_grid=(2, 3))
     with pytest.raises(ValueError, match="position_bias is given to an attention that has a table of its own"):

@@ -60,9 +60,9 @@ def test_pyramid_is_that_of_the_paper() -> None:
     starts = [first, up(last, levels[1][0]), last, last.unflatten(2, (3, 2)).unflatten(4, (2, 2)).amax(dim=(3, 5))]
     wanted = []
     for start, level in zip(starts, levels, strict=True):
-        one, norm1, three, norm2 = level[-4:]
-        narrow = norm(torch.einsum("bchw,dc->bdhw", start, one.weight[:, :, 0, 0]), norm1)
-        wanted.append(norm(functional.conv2d(narrow, three.weight, padding=1), norm2))
+        pointwise, norm1, spatial, norm2 = level[-4:]
+        narrow = norm(torch.einsum("bchw,dc->bdhw", start, pointwise.weight[:, :, 0, 0]), norm1)
+        wanted.append(norm(functional.conv2d(narrow, spatial.weight, padding=1), norm2))
     wanted.append(wanted[-1][:, :, ::2, ::2])
     made = list(pyramid(last).values())
     assert [level.shape[2:] for level in made] == [(24, 16), (12, 8), (6, 4), (3, 2), (2, 1)]
@@ -135,10 +135,10 @@ def test_geometry_stays_in_float32_under_bf16() -> None:
         sum(losses.values()).backward()
         model.eval()
         with torch.no_grad():
-            found = model(images())
+            detections = model(images())
     assert all(level.dtype == torch.float32 for maps, _ in kept for level in maps.values())
     assert all(boxes.dtype == torch.float32 for _, proposals in kept for boxes in proposals)
-    assert {one[key].dtype for one in found for key in ("boxes", "scores", "masks")} == {torch.float32}
+    assert {objects[key].dtype for objects in detections for key in ("boxes", "scores", "masks")} == {torch.float32}
     for name, value in losses.items():
         assert float(value.detach()) == pytest.approx(exact[name], rel=0.3, abs=0.05), name
     assert all(value.grad.isfinite().all() for value in model.parameters() if value.grad is not None)

@@ -40,7 +40,7 @@ def test_shapes_and_a_gradient_for_every_parameter(method: Method, norm: NormKin
 def test_maps_of_the_neck() -> None:
     model = made().eval()
     maps = model.neck(model.features(images()))
-    assert [tuple(one.shape[1:]) for one in maps] == [(24, 24, 32), (24, 12, 16), (24, 6, 8), (24, 3, 4)]
+    assert [tuple(features.shape[1:]) for features in maps] == [(24, 24, 32), (24, 12, 16), (24, 6, 8), (24, 3, 4)]
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def test_decoder_by_its_equations() -> None:
     level_2 = decoder.lateral[1](maps[1]) + resized(level_3, (12, 16))
     level_1 = decoder.lateral[0](maps[0]) + resized(level_2, (24, 32))
     smooth = [decoder.smooth[i](level) for i, level in enumerate((level_1, level_2, level_3))]
-    stacked = torch.cat([smooth[0], *(resized(one, (24, 32)) for one in (smooth[1], smooth[2], level_4))], dim=1)
+    stacked = torch.cat([smooth[0], *(resized(level, (24, 32)) for level in (smooth[1], smooth[2], level_4))], dim=1)
     expected = functional.conv2d(decoder.fuse(stacked), decoder.classify.weight, decoder.classify.bias)
     torch.testing.assert_close(model(images())[0], expected)
 
