@@ -40,6 +40,7 @@ import mae_evolved.model
 from common.training.errors import BadInput, run_cli
 from common.training.sources import DEBIAN_FASHION_MNIST, read_idx
 from downstream import finetune, linear_probe
+from downstream.probing.knn import KNN_TEMPERATURE
 from mae_evolved import main_pretrain
 
 DEPTH = 4
@@ -110,7 +111,7 @@ def raw_pixels(folder: Path, labels: int, seed: int) -> Percentages:
 
 def vote(distances: np.ndarray) -> np.ndarray:
     """Weight of a neighbour at a cosine distance: exp((cosine - 1) / temperature)."""
-    return np.exp(-distances / linear_probe.KNN_TEMPERATURE)
+    return np.exp(-distances / KNN_TEMPERATURE)
 
 
 def evaluate_weights(common: str, weights: str, output: Path, layer_decay: float, flags: argparse.Namespace) -> Percentages:

@@ -366,8 +366,8 @@ def choose_method(config: TaskConfig) -> Method:
         return config.method
     if not config.init_from:
         resumed = find_resume(config)
-        held = read_checkpoint(resumed).get("config") if resumed is not None else None
-        said = held.get("method") if isinstance(held, dict) else None
+        config_of_run = read_checkpoint(resumed).get("config") if resumed is not None else None
+        said = config_of_run.get("method") if isinstance(config_of_run, dict) else None
         return said if said in METHODS else "mae"
     path = Path(config.init_from)
     methods = find_encoder(read_checkpoint(path), path).methods

@@ -118,7 +118,8 @@ def configuration(module: str, argv: Sequence[str]) -> tuple[RunConfig, MaskConf
             raise
         raise BadInput(f"{module}: no such module") from None
     classes = [member for _, member in inspect.getmembers(trainer, inspect.isclass) if issubclass(member, RunConfig)]
-    configurations = [member for member in classes if member.__module__ == module]
+    # the one from which no other here is made
+    configurations = [member for member in classes if sum(issubclass(other, member) for other in classes) == 1]
     if len(configurations) != 1 or not hasattr(trainer, "main"):
         raise BadInput(f"{module}: is not a trainer of this project (one configuration and a main)")
     if issubclass(configurations[0], TrainConfig):

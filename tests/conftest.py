@@ -102,7 +102,7 @@ def assert_same(first: object, second: object, where: str = "") -> None:
     elif isinstance(first, (list, tuple)):
         assert isinstance(second, (list, tuple))
         assert len(first) == len(second), where
-        for index, (one, other) in enumerate(zip(first, second, strict=True)):
-            assert_same(one, other, f"{where}[{index}]")
+        for index, (left, right) in enumerate(zip(first, second, strict=True)):
+            assert_same(left, right, f"{where}[{index}]")
     else:
         assert first == second, where

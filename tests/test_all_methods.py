@@ -101,17 +101,17 @@ def test_two_processes_equal_one(image_folder: Path, tmp_path: Path) -> None:
         file = tmp_path / f"{name}.txt"
         runs = zip(MAINS, commands, strict=True)
         file.write_text(
-            "\n".join(f"{one} {tail} --batch_size {batch} --output_dir {tmp_path / name / one}" for one, tail in runs)
+            "\n".join(f"{method} {tail} --batch_size {batch} --output_dir {tmp_path / name / method}" for method, tail in runs)
         )
         done = run_module(f"{start} tests.record_run {file}")
         assert done.returncode == 0, done.stderr
     for method in MAINS:
-        one, two = recorded(tmp_path / "one" / method, 1), recorded(tmp_path / "two" / method, 2)
-        assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
-        assert len(one["losses"]) == 3 * 4
-        assert_same(dict(sorted(one["masks"].items())), dict(sorted(two["masks"].items())))
-        assert len(one["masks"]) == 3 * 16
-        assert len({tuple(mask.tolist()) for mask in one["masks"].values()}) > 3
+        alone, both = recorded(tmp_path / "one" / method, 1), recorded(tmp_path / "two" / method, 2)
+        assert both["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+        assert len(alone["losses"]) == 3 * 4
+        assert_same(dict(sorted(alone["masks"].items())), dict(sorted(both["masks"].items())))
+        assert len(alone["masks"]) == 3 * 16
+        assert len({tuple(mask.tolist()) for mask in alone["masks"].values()}) > 3
 
 
 def recorded(output: Path, ranks: int) -> dict[str, Any]:

@@ -101,14 +101,14 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
         BadInput: a node list that scontrol cannot expand.
     """
     port = SLURM_PORTS[int(environment["SLURM_JOB_ID"]) % len(SLURM_PORTS)]
-    found = {
+    variables = {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": _tasks_on_node(environment),
         "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
     }
-    return {**found, "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_node(environment)}
+    return {**variables, "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_node(environment)}
 
 
 def _tasks_on_node(environment: Mapping[str, str]) -> str:

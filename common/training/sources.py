@@ -134,8 +134,8 @@ def find_images(root: Path) -> list[Path]:
         raise BadInput(f"--data_path {root}: no such folder")
     train = root / "train"
     folder = train if train.is_dir() else root
-    classes = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-    images = [path for one in classes for path in sorted(one.rglob("*")) if is_image(path)]
+    classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    images = [path for label in classes for path in sorted(label.rglob("*")) if is_image(path)]
     images = images or [path for path in sorted(folder.iterdir()) if is_image(path)]
     if images:
         return images

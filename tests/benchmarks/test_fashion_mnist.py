@@ -14,7 +14,7 @@ import mae_evolved.model
 from benchmarks import fashion_mnist
 from common.training.errors import BadInput
 from common.training.sources import read_idx
-from downstream.linear_probe import knn_votes
+from downstream.probing.knn import knn_votes
 
 
 @pytest.fixture

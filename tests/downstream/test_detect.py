@@ -22,9 +22,11 @@ from common.training.command_line import parse_flags
 from common.training.distributed import start_processes
 from common.training.errors import BadInput
 from common.visualize.colours import distinct_colours, text_colour
-from downstream.detect import DetectConfig, Evaluation, draw, main, make_model
+from downstream.detect import DetectConfig, main, make_model
 from downstream.detection.coco import CocoSource, fitted
+from downstream.detection.evaluation import DetectionEvaluation
 from downstream.detection.mask_rcnn import MaskRCNN
+from downstream.detection.pictures import draw
 from downstream.training import layerwise_groups
 from mae_evolved.main_pretrain import main as pretrain
 from mae_evolved.model import MaskedAutoencoder
@@ -145,9 +147,9 @@ def test_takes_checkpoints_of_the_three_methods(
     assert json.loads((output / "run.json").read_text())["config"]["method"] == method
 
 
-def _evaluation(root: Path, tmp_path: Path) -> Evaluation:
+def _evaluation(root: Path, tmp_path: Path) -> DetectionEvaluation:
     config = parse_flags(DetectConfig, "detect", "", f"{TINY} --data_path {root} --output_dir {tmp_path}".split())
-    return Evaluation(config, CocoSource(root, "val"), start_processes("cpu"))
+    return DetectionEvaluation(config, CocoSource(root, "val"), start_processes("cpu"))
 
 
 def test_found_objects_go_back_to_the_image(root: Path, tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_found_objects_go_back_to_the_image(root: Path, tmp_path: Path) -> None:
     cells = torch.from_numpy(ellipse((28, 28), (14, 14), (14, 14))).float().expand(2, 1, 28, 28)
     seen = {"boxes": box * scale, "labels": torch.tensor([2, 1]), "scores": torch.tensor([0.9, 0.2]), "masks": cells}
     seen["boxes"][1, 3] = 60  # reaches into what was filled up
-    found = evaluation.found(0, seen)
+    found = evaluation.in_file(0, seen)
     np.testing.assert_allclose(found.boxes[0], box[0], rtol=1e-6)
     np.testing.assert_allclose(found.boxes[1], [40, 20, 56, 40], rtol=1e-6)
     assert found.labels.tolist() == [2, 1]
@@ -170,7 +172,7 @@ def test_found_objects_go_back_to_the_image(root: Path, tmp_path: Path) -> None:
     assert mask.shape == size
     assert (mask & true).sum() / (mask | true).sum() > 0.9
     outside = {**seen, "boxes": torch.tensor([[3.0, 50, 20, 60]] * 2)}
-    assert len(evaluation.found(0, outside).boxes) == 0
+    assert len(evaluation.in_file(0, outside).boxes) == 0
 
 
 def test_picture_shows_boxes_and_masks_where_they_are() -> None:

@@ -23,8 +23,11 @@ from torch import Tensor, nn
 from common.training.data import Batch
 from common.training.errors import BadInput, run_cli
 from downstream import finetune
+from downstream.classification.evaluation import count_correct
 from downstream.classification.labelled import middle, open_labelled
-from downstream.finetune import Classifier, FinetuneConfig, MixedLoss, count_correct
+from downstream.classification.loss import MixedLoss
+from downstream.classification.model import Classifier
+from downstream.finetune import FinetuneConfig
 from downstream.training import evaluation_batches
 from downstream.vit import METHODS, BackboneViT, Method
 from tests.conftest import ROOT, assert_same, free_ports, read_log, run_module

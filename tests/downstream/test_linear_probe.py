@@ -18,7 +18,11 @@ from common.training.errors import BadInput, run_cli
 from common.training.task import Run
 from downstream import linear_probe
 from downstream.classification.labelled import middle, open_labelled
-from downstream.linear_probe import ProbeConfig, Probes, extract, knn_votes, probe_loss
+from downstream.linear_probe import ProbeConfig
+from downstream.probing.features import extract
+from downstream.probing.heads import Probes, probe_loss
+from downstream.probing.knn import knn_votes
+from downstream.probing.lars import LARS
 from downstream.vit import METHODS, BackboneViT, Method
 from tests.conftest import assert_same, free_ports, read_log, run_module
 from tests.downstream.labelled_folder import ONE, SMALL, assert_refused, result, saved, shake, shrink_models, write_set
@@ -118,7 +122,7 @@ def test_several_layers_learn_as_if_alone() -> None:
     start = [head[1].weight.detach().clone() for head in together.heads]
     for layer, one in enumerate(alone):
         one.heads[0].load_state_dict(together.heads[layer].state_dict())
-    optimizers = [linear_probe.LARS([v for v in model.parameters() if v.requires_grad], lr=50.0) for model in (together, *alone)]
+    optimizers = [LARS([v for v in model.parameters() if v.requires_grad], lr=50.0) for model in (together, *alone)]
     for step in range(4):
         for model, optimizer in zip((together, *alone), optimizers, strict=True):
             optimizer.zero_grad()

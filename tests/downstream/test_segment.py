@@ -27,10 +27,11 @@ from common.training.loop import Loop
 from common.training.runlog import RESULT
 from common.training.task import Run as TaskRun
 from downstream.confusion import IGNORED, confusion_matrix, scores_of
-from downstream.segment import PROGRAM, SegmentConfig, build, main, make_loss
+from downstream.segment import PROGRAM, SegmentConfig, build, main
 from downstream.segmentation import pictures as segmentation_pictures
 from downstream.segmentation.data import SegmentationSource, validation_transform
 from downstream.segmentation.inference import Predictor
+from downstream.segmentation.loss import make_loss
 from scenes import labelme
 from tests.conftest import assert_same, free_ports, read_log, run_module, write_images
 from tests.downstream.segmentation.test_data import CLASSES, write_folder

@@ -15,8 +15,10 @@ from common.training.config import Length
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from downstream import finetune, linear_probe
+from downstream.classification.evaluation import ClassificationEvaluation
 from downstream.classification.labelled import LabelledImages, middle, open_labelled
-from downstream.finetune import Classifier, FinetuneConfig, make_task
+from downstream.classification.model import Classifier
+from downstream.finetune import FinetuneConfig, build
 from downstream.training import evaluation_batches, layerwise_groups, train_task
 from downstream.vit import METHODS, BackboneViT, Method
 from tests.conftest import read_log
@@ -104,7 +106,7 @@ def test_run_counted_in_updates(images: Path, tmp_path: Path) -> None:
         **{"lr": 1e-3, "min_lr": 1e-4, "lr_schedule": "poly", "lr_power": 0.9, "warmup_epochs": 0, "eval_freq": 9},
         **{"output_dir": str(tmp_path / "out"), "device": "cpu", "pictures": 0, "method": "mae"},
     )
-    train_task(config, lambda run: make_task(config, run))
+    train_task(config, lambda run: build(config, run))
     lines = read_log(tmp_path / "out")
     assert [line["images"] for line in lines] == [24, 24, 8]
     rates = [(1e-4 + 9e-4 * (1 - step / 7) ** 0.9) * min(step / 2, 1) for step in range(7)]
@@ -258,10 +260,10 @@ def test_predictions_are_drawn_from_all_classes(images: Path) -> None:
     """Validation sets are in the order of their classes."""
     val = open_labelled(config_for(images), train=False)
     assert isinstance(val, LabelledImages)
-    drawn = finetune.Evaluation(config_for(images, pictures=7), val, ONE).drawn
+    drawn = ClassificationEvaluation(config_for(images, pictures=7), val, ONE).drawn
     assert sorted(val.labels[index] for index in drawn) == list(range(7))
-    assert len(finetune.Evaluation(config_for(images, pictures=99), val, ONE).drawn) == 21
-    assert finetune.Evaluation(config_for(images, pictures=4), val, Processes(1, 2, 1, torch.device("cpu"))).drawn == set()
+    assert len(ClassificationEvaluation(config_for(images, pictures=99), val, ONE).drawn) == 21
+    assert ClassificationEvaluation(config_for(images, pictures=4), val, Processes(1, 2, 1, torch.device("cpu"))).drawn == set()
 
 
 # --- flags ---

@@ -22,8 +22,8 @@ def step_losses(output: Path) -> list[float]:
 def test_two_processes_equal_one(image_folder: Path, tmp_path: Path) -> None:
     """Loss of each step to 1e-5, the same share of spared passes, and the same weights up to rounding."""
     flags = f"{TINY} --data_path {image_folder} --accum_iter 2 --num_workers 1"
-    one = run_module(f"mae_evolved.main_pretrain {flags} --batch_size 4 --output_dir {tmp_path}/one")
-    assert one.returncode == 0, one.stderr
+    alone = run_module(f"mae_evolved.main_pretrain {flags} --batch_size 4 --output_dir {tmp_path}/one")
+    assert alone.returncode == 0, alone.stderr
     launch = f"torch.distributed.run --nproc_per_node 2 --master_port {free_ports()} -m mae_evolved.main_pretrain"
     two = run_module(f"{launch} {flags} --batch_size 2 --output_dir {tmp_path}/two")
     assert two.returncode == 0, two.stderr

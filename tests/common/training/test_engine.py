@@ -91,9 +91,9 @@ def test_shortcut_and_workers_change_nothing(train: Train) -> None:
 def test_accumulation_equals_one_large_batch(train: Train) -> None:
     """2 x 8 images an update give the loss of 16 at every epoch, up to rounding."""
     large, small = train("large", "--batch_size 16"), train("small", "--batch_size 8 --accum_iter 2")
-    for one, other in zip(read_log(large), read_log(small), strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    for whole, split in zip(read_log(large), read_log(small), strict=True):
+        assert whole["train_loss"] == pytest.approx(split["train_loss"], rel=1e-5)
+        assert whole["grad_norm"] == pytest.approx(split["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("mask", ["evolved", "part", "grid", "random", "block", "grid-to-block"])

@@ -122,8 +122,8 @@ SLURM = {"SLURM_JOB_ID": "10012", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SL
 
 
 def test_environment_of_a_slurm_step() -> None:
-    given = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4,3", "SLURM_STEP_NODELIST": "gpu7"}
-    assert slurm_environment(given) == {
+    environment = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4,3", "SLURM_STEP_NODELIST": "gpu7"}
+    assert slurm_environment(environment) == {
         "RANK": "5",
         "WORLD_SIZE": "7",
         "LOCAL_RANK": "1",
@@ -131,7 +131,7 @@ def test_environment_of_a_slurm_step() -> None:
         "MASTER_ADDR": "gpu7",
         "MASTER_PORT": "20012",
     }
-    repeated = slurm_environment({**given, "SLURM_STEP_TASKS_PER_NODE": "3(x2),1", "MASTER_ADDR": "me", "MASTER_PORT": "9"})
+    repeated = slurm_environment({**environment, "SLURM_STEP_TASKS_PER_NODE": "3(x2),1", "MASTER_ADDR": "me", "MASTER_PORT": "9"})
     assert (repeated["LOCAL_WORLD_SIZE"], repeated["MASTER_ADDR"], repeated["MASTER_PORT"]) == ("3", "me", "9")
 
 

@@ -34,8 +34,10 @@ def test_decay_is_for_matrices_only() -> None:
     model.register_parameter("fixed", nn.Parameter(torch.zeros(2, 2), requires_grad=False))
     plain, decayed = make_optimizer(model, TrainConfig(weight_decay=0.1), 1.0).param_groups
     assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.1)
-    assert {id(one) for one in plain["params"]} == {id(one) for one in (model[0].bias, model[1].weight, model[1].bias)}
-    assert {id(one) for one in decayed["params"]} == {id(model[0].weight), id(model.token)}
+    assert {id(weight) for weight in plain["params"]} == {
+        id(weight) for weight in (model[0].bias, model[1].weight, model[1].bias)
+    }
+    assert {id(weight) for weight in decayed["params"]} == {id(model[0].weight), id(model.token)}
 
 
 def test_moving_average_by_hand() -> None:
