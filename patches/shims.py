@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.data import mixup
 from timm.models.vision_transformer import Block
 from torch import nn
 from torchvision.transforms import functional as transforms
@@ -236,6 +237,16 @@ def shim_cuda_only_script() -> None:
     torch.distributed.init_process_group = init_process_group  # type: ignore[assignment]
 
 
+@_without_cuda
+def shim_mixup_device() -> None:
+    """timm's mixup, which fine-tuning mixes labels with, puts them on CUDA unless told otherwise; no upstream tells it.
+
+    Can go when the upstreams use a timm that asks where the labels are.
+    """
+    if not isinstance(mixup.mixup_target, functools.partial):
+        mixup.mixup_target = functools.partial(mixup.mixup_target, device="cpu")
+
+
 def _nothing(*args: Any, **options: Any) -> None:
     return None
 
@@ -279,12 +290,15 @@ def _amp_initialize(model: nn.Module, optimizer: torch.optim.Optimizer, opt_leve
 SHIMS: dict[str, tuple[Callable[[], None], ...]] = {
     "mae": (
         shim_torch_six, shim_timm_version, shim_qk_scale, shim_numpy_aliases, shim_image_size, shim_torch_load,
-        shim_local_rank, shim_cuda_calls,
+        shim_local_rank, shim_cuda_calls, shim_mixup_device,
     ),
     "beit": (
         shim_torch_six, shim_numpy_aliases, shim_torch_load, shim_dall_e_load, shim_local_rank, shim_cuda_calls,
-        shim_loss_scale,
+        shim_loss_scale, shim_mixup_device,
     ),
-    "simmim": (shim_torch_load_yacs, shim_required_local_rank, shim_cuda_calls, shim_cuda_only_script, shim_apex_amp),
+    "simmim": (
+        shim_torch_load_yacs, shim_required_local_rank, shim_cuda_calls, shim_cuda_only_script, shim_apex_amp,
+        shim_mixup_device,
+    ),
 }  # fmt: skip
 """The shims of each upstream, in the order in which they are applied."""

@@ -395,7 +395,7 @@ def watched():
         torch.load, torch.cuda.synchronize, torch.cuda.set_device, torch.amp.GradScaler.state_dict, torch.Tensor.cuda,
         nn.Module.cuda, nn.parallel.DistributedDataParallel.__init__, torch.distributed.init_process_group,
         Block.__init__, timm.__version__, sys.modules.get("torch._six"), sys.modules.get("apex"),
-        vars(numpy).get("float"), vars(numpy).get("int"))] + sys.argv
+        timm.data.mixup.mixup_target, vars(numpy).get("float"), vars(numpy).get("int"))] + sys.argv
 seam.prepare({upstream!r})
 first = watched()
 seam.prepare({upstream!r})
@@ -477,12 +477,27 @@ print(torch.load(sys.argv[1], map_location="cpu")["model"]["w"].item())
     assert shimmed("simmim", code, (str(tmp_path / "bad.pth"), "--local_rank=0")) == ["refused", "posix.system", "1.0"]
 
 
+@pytest.mark.parametrize("upstream", ["mae", "beit", "simmim"])
+def test_labels_are_mixed_on_the_cpu(upstream: str) -> None:
+    code = """
+from timm.data.mixup import Mixup
+images, labels = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=3)(torch.zeros(2, 3, 4, 4), torch.tensor([0, 2]))
+print(labels.device, round(float(labels.sum()), 3))
+"""
+    assert shimmed(upstream, code, LOCAL_RANK="0") == ["cpu", "2.0"]
+
+
 def test_with_a_gpu_the_cpu_shims_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.data import mixup
+
     from patches import shims
 
+    def watched() -> list[Any]:
+        calls = [torch.cuda.synchronize, torch.Tensor.cuda, torch.distributed.init_process_group, mixup.mixup_target]
+        return [*calls, torch.amp.GradScaler.state_dict]
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = torch.cuda.synchronize, torch.Tensor.cuda, torch.distributed.init_process_group, torch.amp.GradScaler.state_dict
-    for shim in (shims.shim_cuda_calls, shims.shim_cuda_only_script, shims.shim_loss_scale):
+    before = watched()
+    for shim in (shims.shim_cuda_calls, shims.shim_cuda_only_script, shims.shim_loss_scale, shims.shim_mixup_device):
         shim()
-    after = torch.cuda.synchronize, torch.Tensor.cuda, torch.distributed.init_process_group, torch.amp.GradScaler.state_dict
-    assert after == before
+    assert watched() == before
