@@ -271,7 +271,7 @@ class EvolvedMask:
             return MaskBatch(mask, torch.full_like(mask, -1, dtype=torch.int64), alpha, self.num_parts, mask.new_ones(batch))
         num_parts = self._jittered_parts(draws)
         part_draw = draws.uniform(Stream.PARTS, num_parts)
-        start_count = start_draws(num_parts, self.num_patches, self.config.estimator, self.config.start)
+        start_count = start_draws(num_parts, self.num_patches, self.config.parts_options)
         start_draw = draws.draw(Stream.START, start_count, self.config.start_draw)
         skipped = self.decided_by_grid(grid_draw, part_draw)
         parts = self._parts(inputs, attention_fn, ~skipped, num_parts, start_draw)
@@ -338,7 +338,7 @@ class EvolvedMask:
         """
         settings = self._settings()
         saved = {name: state[name] for name in settings}
-        differing = differences(saved, settings) + differences(state["config"], asdict(self.config))
+        differing = differences(saved, settings) + differences(MaskConfig.completed(state["config"]), asdict(self.config))
         if differing:
             raise ValueError(f"the saved masks were made with other settings: {'; '.join(differing)}")
         self.set_epoch(state["epoch"])

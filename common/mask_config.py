@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .masks import RULES, count_masked, count_masked_units
-from .parts import DEFAULT_FLOOR, PartsOptions
+from .parts import DEFAULT_CANDIDATES, DEFAULT_FLOOR, PartsOptions, Start
 
 Strategy = Literal["evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official", "official"]
 
@@ -60,7 +60,13 @@ class MaskConfig:
     covariance_floor: float = option(DEFAULT_FLOOR, "smallest variance of a part, as a share of the image's mean variance")
     kappa: float = option(40.0, "concentration of the vmf estimator")
     iterations: int = option(15, "EM iterations")
-    start: Literal["kmeans++", "random"] = option("kmeans++", "start of the EM: k-means++ seeds, or random (released code)")
+    start: Start = option(
+        "kmeans++",
+        "start of the EM: k-means++ seeds, greedy k-means++ seeds (the best of several candidates each), or random "
+        "(released code)",
+    )
+    start_candidates: int = option(DEFAULT_CANDIDATES, "candidates for each greedy seed")
+    start_refine: int = option(0, "k-means steps between the seeds and the EM")
     start_draw: Literal["image", "batch"] = option("image", "one random start an image, or one a batch (released code)")
     scaling: Literal["image", "none"] = option(
         "image", "scale the graph rows of each image before the EM, or not (released code)"
@@ -103,6 +109,8 @@ class MaskConfig:
         self._check("mask_unit", self.mask_unit >= 1, "must be 1 or more")
         self._check("kappa", self.kappa > 0, "must be above 0")
         self._check("iterations", self.iterations >= 0, "must be 0 or more")
+        self._check("start_candidates", self.start_candidates >= 1, "must be 1 or more")
+        self._check("start_refine", self.start_refine >= 0, "must be 0 or more")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")
         directions = (self.estimator, self.start, self.heads) == ("vmf", "random", "concat")
         self._check("heads", not directions, "must be mean with random directions (estimator vmf, start random)")
@@ -121,6 +129,11 @@ class MaskConfig:
         if unknown:
             raise ValueError(f"unknown mask option {', '.join(unknown)}")
         return cls(**{**RECIPES[recipe], **options})
+
+    @classmethod
+    def completed(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """Saved options, with the default of every one that is newer than the state: with it masks are as before."""
+        return {**{option.name: option.default for option in fields(cls)}, **saved}
 
     @property
     def parts_range(self) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from .draws import uniform_numbers
 
 Estimator = Literal["gaussian", "vmf"]
 Covariance = Literal["diagonal", "spherical", "full"]
-Start = Literal["kmeans++", "random"]
+Start = Literal["greedy", "kmeans++", "random"]
 Scaling = Literal["image", "none"]
 HardLabel = Literal["posterior", "per-patch"]
 
@@ -33,6 +33,9 @@ _WORDS = {
 
 DEFAULT_FLOOR = 0.1
 """Smallest variance of a part, as a share of the image's mean variance. docs/method.md says how it was chosen."""
+
+DEFAULT_CANDIDATES = 16
+"""Candidates of a greedy seed. docs/LOG.md compares other numbers."""
 
 _EMPTY = 1e-3  # a part that explains less than this many patches is empty
 _TINY = 1e-30
@@ -51,7 +54,11 @@ class PartsOptions:
             Below about 1e-6 the rounding of float32 takes over.
         kappa: concentration of vmf.
         iterations: M-steps, 0 or more.
-        start: "kmeans++" seeds; "random" patches for the Gaussian, random directions for vmf.
+        start: "greedy" k-means++ seeds: of several candidates for a seed, the one that leaves the smallest sum of squared
+            distances; "kmeans++" seeds, one candidate each; "random" patches for the Gaussian, random directions for vmf.
+        start_candidates: of each greedy seed.
+        start_refine: steps of Lloyd's k-means from the seeds' partition to the one that EM starts from (not from random
+            directions).
         scaling: "image" centres the rows of an image and divides by their spread (gaussian) or makes them unit
             vectors (vmf), so that floors and kappa are relative; "none" takes them as they are (entries whose
             squares overflow are then the caller's problem).
@@ -69,6 +76,8 @@ class PartsOptions:
     kappa: float = 40.0
     iterations: int = 15
     start: Start = "kmeans++"
+    start_candidates: int = DEFAULT_CANDIDATES
+    start_refine: int = 0
     scaling: Scaling = "image"
     hard_label: HardLabel = "posterior"
     reseed_empty: bool = True
@@ -77,8 +86,9 @@ class PartsOptions:
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, not {getattr(self, name)!r}")
-        if self.iterations < 0:
-            raise ValueError(f"iterations must be 0 or more, got {self.iterations}")
+        for name, least in (("iterations", 0), ("start_refine", 0), ("start_candidates", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
         if self.covariance_floor <= 0 or self.kappa <= 0:
             raise ValueError(f"covariance_floor and kappa must be above 0, got {self.covariance_floor} and {self.kappa}")
 
@@ -195,9 +205,15 @@ def fit_parts(
         return _expectation_maximisation(density, rows, center, scale, options)
 
 
-def start_draws(num_parts: int, features: int, estimator: Estimator = "gaussian", start: Start = "kmeans++") -> int:
-    """How many uniform numbers an image's start takes: K seeds, or 2*K*D for random directions."""
-    return 2 * num_parts * features if (estimator, start) == ("vmf", "random") else num_parts
+def start_draws(num_parts: int, features: int, options: PartsOptions | None = None) -> int:
+    """How many uniform numbers an image's start takes.
+
+    K for seeds, 1 + (K - 1) * candidates for greedy ones, 2*K*D for random directions.
+    """
+    options = options or PartsOptions()
+    if (options.estimator, options.start) == ("vmf", "random"):
+        return 2 * num_parts * features
+    return 1 + (num_parts - 1) * options.start_candidates if options.start == "greedy" else num_parts
 
 
 def _chosen(options: PartsOptions | None, choices: dict[str, Any]) -> PartsOptions:
@@ -475,6 +491,7 @@ def _start(density: _Density, rows: Tensor, num_parts: int, options: PartsOption
         density.means = _random_directions(rows, num_parts, uniforms)
     else:
         labels = _nearest_seed(rows, num_parts, uniforms, options.start)
+        labels = _lloyd(rows, labels, num_parts, options.start_refine)
         density.maximise(_one_hot(labels, num_parts, rows))
 
 
@@ -487,7 +504,7 @@ def _start_uniforms(
     rows: Tensor, num_parts: int, options: PartsOptions, generator: torch.Generator | None, uniforms: Tensor | None
 ) -> Tensor:
     batch, _, features = rows.shape
-    count = start_draws(num_parts, features, options.estimator, options.start)
+    count = start_draws(num_parts, features, options)
     generator = generator or torch.Generator().manual_seed(0)
     return uniform_numbers((batch, count), generator, uniforms, rows.device).to(rows.dtype)
 
@@ -495,8 +512,12 @@ def _start_uniforms(
 def _nearest_seed(rows: Tensor, num_parts: int, uniforms: Tensor, start: Start) -> Tensor:
     """Each patch goes to its nearest seed: int64 [B, N]."""
     distances = _squared_distances(rows)  # [B, N, N]
-    random = start == "random"
-    seeds = _random_patches(rows.shape[1], uniforms) if random else _kmeans_plus_plus(distances, num_parts, uniforms)
+    if start == "greedy":
+        seeds = _greedy_seeds(distances, num_parts, uniforms)
+    elif start == "kmeans++":
+        seeds = _kmeans_plus_plus(distances, num_parts, uniforms)
+    else:
+        seeds = _random_patches(rows.shape[1], uniforms)
     to_seeds = distances.gather(2, seeds[:, None].expand(-1, rows.shape[1], -1))  # [B, N, K]
     return to_seeds.argmin(dim=2)
 
@@ -516,6 +537,45 @@ def _kmeans_plus_plus(distances: Tensor, num_parts: int, uniforms: Tensor) -> Te
         target = uniforms[:, k : k + 1] * cumulative[:, -1:]
         seeds.append(torch.searchsorted(cumulative, target, right=True) % patches)
     return torch.cat(seeds, dim=1)
+
+
+def _greedy_seeds(distances: Tensor, num_parts: int, uniforms: Tensor) -> Tensor:
+    """Greedy k-means++ seeds (Arthur and Vassilvitskii 2007, the experiments' variant): int64 [B, K].
+
+    Each seed is the best of C candidates that are drawn in proportion to their squared distance from the seeds so far:
+    the one after which the squared distances to the nearest seed sum up to the least. A single candidate likes outliers,
+    which lie far from everything; the sum does not.
+
+    Args:
+        uniforms: [B, 1 + (K - 1) * C].
+    """
+    patches = distances.shape[1]
+    seeds = [(uniforms[:, :1] * patches).long().clamp(max=patches - 1)]
+    closest = _rows_of(distances, seeds[0])[:, 0]  # [B, N], squared distance to the nearest seed
+    for targets in uniforms[:, 1:].tensor_split(num_parts - 1, dim=1) if num_parts > 1 else ():  # [B, C]
+        cumulative = closest.cumsum(dim=1)
+        candidates = torch.searchsorted(cumulative, targets * cumulative[:, -1:], right=True) % patches  # [B, C]
+        left = torch.minimum(_rows_of(distances, candidates), closest[:, None])  # [B, C, N]
+        best = left.sum(dim=2).argmin(dim=1, keepdim=True)  # [B, 1]
+        seeds.append(candidates.gather(1, best))
+        closest = _rows_of(left, best)[:, 0]
+    return torch.cat(seeds, dim=1)
+
+
+def _rows_of(matrix: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, C] of each matrix [B, M, N]: [B, C, N]."""
+    return matrix.gather(1, index[..., None].expand(-1, -1, matrix.shape[2]))
+
+
+def _lloyd(rows: Tensor, labels: Tensor, num_parts: int, steps: int) -> Tensor:
+    """`steps` of k-means (Lloyd 1982) from a partition; a part without patches stays so: int64 [B, N]."""
+    for _ in range(steps):
+        members = _one_hot(labels, num_parts, rows)
+        counts = members.sum(dim=1)  # [B, K]
+        means = members.transpose(1, 2) @ rows / counts.clamp(min=1)[..., None]
+        nearness = torch.baddbmm(-0.5 * means.square().sum(dim=2)[:, None], rows, means.transpose(1, 2))  # [B, N, K]
+        labels = nearness.masked_fill((counts == 0)[:, None], -math.inf).argmax(dim=2)
+    return labels
 
 
 def _random_patches(patches: int, uniforms: Tensor) -> Tensor:

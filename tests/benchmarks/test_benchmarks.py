@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import mask_cost, mask_statistics, skipped_passes
+from benchmarks import cut_quality, mask_cost, mask_statistics, skipped_passes
 from common.evolved_mask import EvolvedMask
 from common.masks import grid_classes
 
@@ -210,3 +210,33 @@ def test_selection_stage_makes_grid_masks():
     classes = grid_classes(*work.model.grid_size)
     for mask in work.draws_and_selection():
         assert len(classes[~mask].unique()) == 1
+
+
+# --- Quality of the cut ------------------------------------------------------------------------------------------
+
+
+def test_planted_graphs_are_attention_with_known_parts():
+    """Rows sum to 1, every region that owns a patch is counted, and without noise the cut finds them all (seed 3)."""
+    graphs, regions = cut_quality.plant(cut_quality.Planted(5, 5, 0.0, (6, 7)), 4, 3)
+    assert graphs.shape == (4, 42, 42)
+    assert torch.allclose(graphs.sum(dim=2), torch.ones(4, 42))
+    assert regions.unique().tolist() == [0, 1, 2, 3, 4]
+    assert cut_quality.rand_index(regions, cut_quality.ours()(graphs, 5, 0)) > 0.99
+    assert cut_quality.rand_index(regions, torch.randint(5, (4, 42), generator=torch.Generator().manual_seed(0))) < 0.1
+
+
+def test_cut_quality_compares_with_scikit_learn(tmp_path):
+    """A small form of the table: one row of two settings, each column there, the verdict from the means."""
+    numbers = cut_quality.main(["--graphs", "3", "--seeds", "2", "--settings", "1", "--json", str(tmp_path / "n.json")])
+    scores = numbers["table"][0]["scores"]
+    assert set(scores) == {"ours", "recipe paper", *cut_quality.SKLEARN}
+    assert all(len(values) == 2 and max(values) <= 1 for values in scores.values())
+    means = {name: sum(values) / 2 for name, values in scores.items()}
+    assert numbers["worst_gap"] == pytest.approx(means["ours"] - max(means[name] for name in cut_quality.SKLEARN))
+    assert json.loads((tmp_path / "n.json").read_text())["above"] == numbers["above"]
+
+
+def test_time_of_the_cut(capsys):
+    numbers = cut_quality.main(["--time", "--images", "2", "--parts", "5"])
+    assert min(numbers["seconds"].values()) > 0
+    assert "of ours" in capsys.readouterr().out

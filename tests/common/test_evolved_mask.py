@@ -712,3 +712,12 @@ def test_what_an_encoder_cannot_mask_is_refused(options, changes, message):
 def test_what_an_encoder_can_mask_is_not_refused(options, even_counts):
     """Blocks are asked for by strategies that look at the attention only."""
     check_for_encoder(MaskConfig(**options), depth=12, grid_size=(14, 14), num_masked=120, even_counts=even_counts)
+
+
+def test_a_state_from_before_an_option_goes_on():
+    """An option that a saved state does not have counts as its default; with another value it is named."""
+    state = EvolvedMask((6, 6), 20, 10, num_parts=5).state_dict()
+    del state["config"]["start_refine"]
+    EvolvedMask((6, 6), 20, 10, num_parts=5).load_state_dict(state)
+    with pytest.raises(ValueError, match="start_refine 0 -> 3"):
+        EvolvedMask((6, 6), 20, 10, num_parts=5, start_refine=3).load_state_dict(state)

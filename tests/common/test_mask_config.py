@@ -13,7 +13,7 @@ from common.draws import Stream, hash_uniform
 from common.evolved_mask import EvolvedMask
 from common.mask_config import RECIPES, WORDS, MaskConfig
 from common.masks import grid_classes
-from common.parts import fit_parts, partition_parts, start_draws
+from common.parts import PartsOptions, fit_parts, partition_parts, start_draws
 
 PAPER = {
     "mask": "evolved",
@@ -38,6 +38,8 @@ PAPER = {
     "kappa": 40.0,
     "iterations": 15,
     "start": "kmeans++",
+    "start_candidates": 16,
+    "start_refine": 0,
     "start_draw": "image",
     "scaling": "image",
     "hard_label": "posterior",
@@ -213,7 +215,7 @@ def make_masks(maps, images=BATCH, **options):
 
 def cut_directly(maps, graph=None, num_parts=6, **cut):
     """The same parts from the functions themselves and the published draws."""
-    start = start_draws(num_parts, PATCHES, cut.get("estimator", "gaussian"), cut.get("start", "kmeans++"))
+    start = start_draws(num_parts, PATCHES, PartsOptions(**cut))
     uniforms = hash_uniform(SEED, EPOCH, IDS, Stream.START, start)
     return partition_parts(patch_graph(maps, **(graph or {})), num_parts, uniforms=uniforms, **cut)
 
@@ -232,6 +234,9 @@ ROWS = {
     "kappa": ({"kappa": 2.0}, VMF, {}),
     "iterations": ({"iterations": 0}, FEW, {}),
     "start": ({"start": "random"}, {}, {}),
+    "start greedy": ({"start": "greedy"}, {}, {}),
+    "candidates": ({"start_candidates": 1}, {"start": "greedy"}, {}),
+    "refining steps": ({"start_refine": 3}, {}, {}),
     "scale": ({"scaling": "none"}, VMF, {}),
     "hard label": ({"hard_label": "per-patch"}, VMF | {"kappa": 5.0}, {}),
     "empty parts": ({"reseed_empty": False}, VMF | {"start": "random", "num_parts": 12}, {}),
@@ -417,7 +422,9 @@ def authors_run(maps):
 def released_parts(maps, num_parts):
     """Parts as the released code makes them, in double precision: columns of the summed maps, 15 rounds, kappa 40."""
     graph = sum(attention[:, :, 1:, 1:].double().sum(dim=1) for attention in maps).transpose(1, 2).numpy()
-    uniforms = hash_uniform(SEED, EPOCH, IDS[:1], Stream.START, start_draws(num_parts, PATCHES, "vmf", "random"))
+    uniforms = hash_uniform(
+        SEED, EPOCH, IDS[:1], Stream.START, start_draws(num_parts, PATCHES, PartsOptions(estimator="vmf", start="random"))
+    )
     nothing = torch.zeros(1, PATCHES, PATCHES)
     begin = fit_parts(nothing, num_parts, estimator="vmf", start="random", iterations=0, uniforms=uniforms)
     labels = []

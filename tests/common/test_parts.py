@@ -1,5 +1,6 @@
 """The EM cut: against scikit-learn and against mixtures written out here, its monotony, and its promises to callers."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -9,11 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import logsumexp
+from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
-from common.parts import _kmeans_plus_plus, _random_patches, fit_parts, partition_parts, start_draws
+from common.parts import (
+    PartsOptions,
+    _greedy_seeds,
+    _kmeans_plus_plus,
+    _lloyd,
+    _random_patches,
+    fit_parts,
+    partition_parts,
+    start_draws,
+)
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 COVARIANCES = ("diagonal", "spherical", "full")
@@ -24,6 +35,7 @@ MIXTURES = {
     "vmf": {"estimator": "vmf"},
     "vmf-random": {"estimator": "vmf", "start": "random"},
     "random": {"start": "random"},
+    "greedy": {"start": "greedy", "start_refine": 3},
 }
 
 
@@ -414,7 +426,7 @@ def test_only_reseeding_leaves_a_start_with_one_part(kind, reseed, score):
 def test_parts_do_not_depend_on_the_batch(mixture):
     """An image has the same parts alone, in a batch and in a part of it, and so do the masks made of them."""
     graph = softmax_graph(5, 8, 25)
-    features = start_draws(6, 25, MIXTURES[mixture].get("estimator", "gaussian"), MIXTURES[mixture].get("start", "kmeans++"))
+    features = start_draws(6, 25, PartsOptions(**MIXTURES[mixture]))
     uniforms = torch.rand(8, features, generator=seeded(5))
     whole = partition_parts(graph, 6, uniforms=uniforms, **MIXTURES[mixture])
     for rows in ([0], [3], [7], [6, 2], [1, 4, 5]):
@@ -487,7 +499,7 @@ def test_planted_parts_are_recovered(mixture):
 
 
 @SETTINGS
-@given(st.integers(2, 20), st.data(), st.integers(0, 2**32 - 1), st.sampled_from(["kmeans++", "random"]))
+@given(st.integers(2, 20), st.data(), st.integers(0, 2**32 - 1), st.sampled_from(["greedy", "kmeans++", "random"]))
 def test_seeds_of_distinct_rows_are_distinct(patches, data, seed, start):
     """K distinct seeds give K parts at the start: none is empty."""
     parts = data.draw(st.integers(1, patches))
@@ -517,11 +529,70 @@ def test_kmeans_plus_plus_third_seed_measures_to_the_nearest():
     assert set(third.tolist()) == {1, 2}
 
 
+def candidates_by_hand(distances, seeds, draws):
+    """What a greedy seed chooses from, in plain loops: each candidate, and the sum that it would leave."""
+    closest = distances[seeds].min(axis=0)
+    cumulative = closest.cumsum()
+    places = [int(np.searchsorted(cumulative, draw * cumulative[-1], side="right")) for draw in draws]
+    return {place: np.minimum(closest, distances[place]).sum() for place in places}
+
+
+@pytest.mark.parametrize(("parts", "candidates"), [(1, 4), (2, 1), (6, 5), (12, 16)])
+def test_greedy_seeds_equal_plain_loops(parts, candidates):
+    """From the same uniform numbers, in float64 (30 points in 3 dimensions, 4 images, seed 17)."""
+    points = torch.randn(4, 30, 3, generator=seeded(17), dtype=torch.float64)
+    distances = torch.cdist(points, points).square()
+    uniforms = torch.rand(4, 1 + (parts - 1) * candidates, generator=seeded(18), dtype=torch.float64)
+    seeds = _greedy_seeds(distances, parts, uniforms)
+    for image in range(4):
+        chosen, draws = seeds[image].tolist(), uniforms[image].numpy()
+        assert chosen[0] == int(draws[0] * 30)
+        for k in range(1, parts):
+            left = candidates_by_hand(distances[image].numpy(), chosen[:k], draws[1 + (k - 1) * candidates :][:candidates])
+            assert left[chosen[k]] == pytest.approx(min(left.values()), rel=1e-12)  # two neighbours can leave the same sum
+
+
+def test_greedy_seeds_leave_less_than_plain_ones():
+    """Sum of squared distances to the nearest seed, mean of 200 draws on the same points (seed 19)."""
+    points = torch.randn(1, 60, 4, generator=seeded(19)).expand(200, -1, -1)
+    distances = torch.cdist(points, points).square()
+    plain = _kmeans_plus_plus(distances, 8, torch.rand(200, 8, generator=seeded(20)))
+    greedy = _greedy_seeds(distances, 8, torch.rand(200, 1 + 7 * 8, generator=seeded(20)))
+    left = [distances.gather(1, s[..., None].expand(-1, -1, 60)).amin(dim=1).sum(dim=1).mean() for s in (plain, greedy)]
+    assert left[1] < 0.9 * left[0]
+
+
+def test_lloyd_ends_where_scikit_learn_does():
+    """Enough steps from one partition: the partition of KMeans from the same means (40 points, 5 parts, seed 21)."""
+    rows = torch.randn(3, 40, 4, generator=seeded(21), dtype=torch.float64)
+    labels = torch.randint(5, (3, 40), generator=seeded(22))
+    refined = _lloyd(rows, labels, 5, 100)
+    for image in range(3):
+        means = np.stack([rows[image][labels[image] == part].mean(dim=0).numpy() for part in range(5)])
+        theirs = KMeans(5, init=means, n_init=1, max_iter=100, tol=0).fit(rows[image].numpy())
+        assert refined[image].tolist() == theirs.labels_.tolist()
+
+
+def test_lloyd_never_raises_the_sum_and_leaves_empty_parts_empty():
+    """Sum of squared distances to the means, step by step (seed 23); part 5 of 6 has no patch."""
+    rows = torch.randn(8, 50, 6, generator=seeded(23), dtype=torch.float64)
+    labels = torch.randint(5, (8, 50), generator=seeded(24))
+    sums = []
+    for steps in range(8):
+        members = torch.nn.functional.one_hot(_lloyd(rows, labels, 6, steps), 6).double()
+        means = members.transpose(1, 2) @ rows / members.sum(dim=1).clamp(min=1)[..., None]
+        sums.append((rows - members @ means).square().sum(dim=(1, 2)))
+        assert (members[..., 5] == 0).all()
+    assert all((after <= before + 1e-9).all() for before, after in itertools.pairwise(sums))
+    assert (sums[-1] < sums[0]).all()
+
+
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
 def test_seeds_at_the_ends_of_the_uniform_law(extreme):
     """Numbers of exactly 0 and of just below 1 still give K different seeds."""
-    for start in ("kmeans++", "random"):
-        fit = fit_parts(BASE, 6, iterations=0, uniforms=torch.full((2, 6), extreme), start=start)
+    for start in ("greedy", "kmeans++", "random"):
+        count = start_draws(6, 25, PartsOptions(start=start))
+        fit = fit_parts(BASE, 6, iterations=0, uniforms=torch.full((2, count), extreme), start=start)
         assert (fit.weights > 0).all()
 
 
@@ -545,9 +616,11 @@ def test_random_directions_are_isotropic():
 def test_start_draws_counts():
     """K numbers for seeds, 2*K*D for random directions; `uniforms` of that size decide the start alone."""
     assert start_draws(5, 20) == 5
-    assert start_draws(5, 20, "gaussian", "random") == 5
-    assert start_draws(5, 20, "vmf", "kmeans++") == 5
-    assert start_draws(5, 20, "vmf", "random") == 200
+    assert start_draws(5, 20, PartsOptions(start="random")) == 5
+    assert start_draws(5, 20, PartsOptions(estimator="vmf")) == 5
+    assert start_draws(5, 20, PartsOptions(estimator="vmf", start="random")) == 200
+    assert start_draws(5, 20, PartsOptions(start="greedy", start_candidates=7)) == 1 + 4 * 7
+    assert start_draws(1, 20, PartsOptions(start="greedy")) == 1
     uniforms = torch.rand(2, 5, generator=seeded(16))
     drawn = partition_parts(BASE, 5, generator=seeded(16))
     assert torch.equal(partition_parts(BASE, 5, uniforms=uniforms, generator=seeded(99)), drawn)
