@@ -80,9 +80,9 @@ def open_sets(config: SegmentConfig) -> tuple[list[str], SegmentationSource, Seg
     return names, SegmentationSource(root, "training", len(names)), SegmentationSource(root, "validation", len(names))
 
 
-def check_data(config: SegmentConfig) -> None:
-    """What a launcher checks before it asks for a GPU. Raises BadInput: not in ADE20K's layout."""
-    open_sets(config)
+def check_data(config: SegmentConfig) -> int:
+    """What a launcher checks before it asks for a GPU: training images. Raises BadInput: not in ADE20K's layout."""
+    return len(open_sets(config)[1])
 
 
 def make_model(config: SegmentConfig, classes: int, processes: Processes, say: Callable[[str], None]) -> UperNet:

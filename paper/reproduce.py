@@ -32,6 +32,7 @@ from paper import cost
 from paper.graph import PROJECT, Run, Setting, check_recipes, data_of, graph
 from paper.tables import TABLES, write_tables
 from scenes.make import make_scenes
+from slurm.partition import Request, check_partition
 from slurm.plan import Resources, plan
 
 PROGRAM = "paper.reproduce"
@@ -219,6 +220,8 @@ def check(run: Run, site: dict[str, str]) -> None:
     words = [*run.command(), "--data_path", run.data_path, "--output_dir", str(run.folder)]
     try:
         plan(words[0], words[1:], Resources(nodes, ranks, run.effective_batch, batch_per_gpu), pending=bool(run.needs))
+        cpus, options = int(site["CPUS_PER_TASK"]), site["SBATCH_OPTIONS"]
+        check_partition(Request(site["PARTITION"], nodes, ranks, cpus, site["QOS"], options))
     except BadInput as error:
         raise BadInput(f"{run.name}: {error}") from None
 
@@ -237,7 +240,7 @@ def share(run: Run, site: dict[str, str]) -> tuple[int, int]:
 
 def site_values() -> dict[str, str]:
     """What slurm/site.env and the environment say, the latter first, as slurm/*.sh read them."""
-    names = ("NODES", "GPUS_PER_NODE", "TASKS_PER_NODE", "BATCH_PER_GPU")
+    names = ["NODES", "GPUS_PER_NODE", "TASKS_PER_NODE", "BATCH_PER_GPU", "CPUS_PER_TASK", "PARTITION", "QOS", "SBATCH_OPTIONS"]
     prints = "; ".join(f'printf "%s\\n" "${{{name}-}}"' for name in names)
     script = f"PROJECT={shlex.quote(str(PROJECT))}; . {shlex.quote(str(PROJECT / 'slurm/job.sh'))}; {prints}"
     process = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)

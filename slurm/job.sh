@@ -23,7 +23,7 @@ VALUES="PARTITION ACCOUNT QOS TIME NODES GPUS_PER_NODE TASKS_PER_NODE CPUS_PER_T
   BATCH_PER_GPU EFFECTIVE_BATCH RECIPE DATA_PATH OUTPUT_DIR TOKENIZER UPSTREAM
   SIGNAL_SECONDS DIST_TIMEOUT MAX_RESTARTS AFTER"
 
-given=$(declare -p $VALUES 2>/dev/null | sed 's/^declare -[^ ]* /declare -gx /' || true)
+environment=$(declare -p $VALUES 2>/dev/null | sed 's/^declare -[^ ]* /declare -gx /' || true)
 SITE=${SITE_ENV:-$PROJECT/slurm/site.env}
 if [ -e "$SITE" ]; then
   # shellcheck disable=SC1090
@@ -31,8 +31,8 @@ if [ -e "$SITE" ]; then
 elif [ -n "${SITE_ENV:-}" ]; then
   fail "SITE_ENV $SITE: no such file"
 fi
-eval "$given"
-unset given
+eval "$environment"
+unset environment
 
 : "${PARTITION=}" "${ACCOUNT=}" "${QOS=}" "${MEM=}" "${SBATCH_OPTIONS=}" "${SRUN_OPTIONS=}" "${ACTIVATE=}"
 : "${UPSTREAM=}" "${AFTER=}" "${CHECKED=}" # AFTER: jobs to wait for, A:B; CHECKED: paper.reproduce has made the plan
@@ -59,8 +59,11 @@ activate() {
 launch() {
   local module=$1 word data=$DATA_PATH
   shift
+  RESUME= # what the user says of the checkpoint, if anything
   for word in "$@"; do
     case $word in
+      -h | --help) show_help "$module"; exit 0 ;;
+      --resume | --resume=*) RESUME=named ;;
       --output_dir | --output_dir=*) fail "--output_dir: set OUTPUT_DIR in its place, the logs go there too" ;;
       --dataset | --dataset=* | --data_path | --data_path=*) data=named ;;
     esac
@@ -106,13 +109,18 @@ make_plan() {
   shift
   local words=(--nodes "$NODES" --ranks_per_node "$RANKS" --effective_batch "$EFFECTIVE_BATCH" --batch_per_rank "$BATCH_PER_GPU"
     --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --dist_timeout "$DIST_TIMEOUT")
-  [ -z "$AFTER" ] || [ -n "$IN_JOB" ] || words+=(--pending)
+  if [ -z "$IN_JOB" ]; then
+    words+=(--partition "${PARTITION:-${SBATCH_PARTITION:-}}" --qos "$QOS" --cpus_per_task "$CPUS_PER_TASK")
+    words+=("--sbatch_options=$SBATCH_OPTIONS")
+    [ -z "$AFTER" ] || words+=(--pending)
+  fi
   if [ -n "$UPSTREAM" ]; then
     words+=(--upstream "$UPSTREAM" "$module" "${OFFICIAL[@]}")
   else
     words+=("$module" "${FLAGS[@]}")
   fi
   lines=$(python -m slurm.plan "${words[@]}" "$@") || exit $?
+  [[ $lines == *slurm.plan:$'\n'* ]] || fail "there is no plan for these flags: $*"
   PLAN=${lines#*slurm.plan:$'\n'} # libraries may have written something before
   read_plan
 }
@@ -122,6 +130,27 @@ read_plan() {
   mapfile -t COMMAND <<<"$PLAN"
   SUMMARY=${COMMAND[0]}
   COMMAND=("${COMMAND[@]:1}")
+}
+
+# What --help prints, on the login node or in a job: the head of the script, its variables, and the flags of the module.
+show_help() {
+  local name comment comments
+  sed -n '1d; /^#SBATCH/q; s/^# \{0,1\}//p' "$PROJECT/slurm/$NAME.sh"
+  printf '\nVariables, with the values that hold now. The environment wins over slurm/site.env, and that over the script.\n\n'
+  comments=$(
+    sed -n 's/^: "${\([A-Z_]*\)=.*}" *# *\(.*\)/\1 \2/p' "$PROJECT/slurm/$NAME.sh"
+    sed -n 's/^#\{0,1\} *\([A-Z_]*\)=[^#]*# *\(.*\)/\1 \2/p' "$PROJECT/slurm/site.env.example"
+    printf '%s\n' "RECIPE TOML file of flags; flags of the command line win" "OUTPUT_DIR checkpoints and logs" \
+      "EFFECTIVE_BATCH images an update, kept for any number of GPUs"
+  )
+  for name in $VALUES; do
+    comment=$(sed -n "/^$name /{s/^$name //p;q;}" <<<"$comments")
+    [ -z "$comment" ] || printf '  %-32s %s\n' "$name=${!name-}" "$comment"
+  done
+  printf '\nFlags are those of python -m %s, but for --output_dir, --batch_size and --accum_iter, which follow from the\n' "$module"
+  printf 'variables%s.\n\n' "${OFFICIAL:+; with UPSTREAM they are those of the official script}"
+  activate
+  python -m "$module" --help
 }
 
 # --- On the login node -----------------------------------------------------------------------------------------------
@@ -139,13 +168,13 @@ submit() {
   [ -z "$AFTER" ] || options+=(--dependency="afterok:$AFTER" --kill-on-invalid-dep=yes)
   # shellcheck disable=SC2163,SC2206
   options+=($SBATCH_OPTIONS)
-  local value said
+  local value answer
   for value in $VALUES; do [ -z "${!value+set}" ] || export "${value?}"; done # what was checked is what the job does
-  if ! said=$(sbatch "${options[@]}" "$PROJECT/slurm/$NAME.sh" "$@" 2>&1); then
-    fail "not submitted: $(sed -n 's/^sbatch: [a-z]*: //p' <<<"$said" | paste -sd ';' | sed 's/;/; /g')"
+  if ! answer=$(sbatch "${options[@]}" "$PROJECT/slurm/$NAME.sh" "$@" 2>&1); then
+    fail "not submitted: $(sed -n 's/^sbatch: [a-z]*: //p' <<<"$answer" | paste -sd ';' | sed 's/;/; /g')"
   fi
   [ -n "$CHECKED" ] || say "$SUMMARY"
-  say "submitted job $(tail -n 1 <<<"$said" | cut -d ';' -f 1); its output: $OUTPUT_DIR/logs"
+  say "submitted job $(tail -n 1 <<<"$answer" | cut -d ';' -f 1); its output: $OUTPUT_DIR/logs"
 }
 
 # --- In the job ------------------------------------------------------------------------------------------------------
@@ -153,25 +182,38 @@ submit() {
 work() {
   local restart=${SLURM_RESTART_COUNT:-0} code=0
   local prefix=$OUTPUT_DIR/logs/$SLURM_JOB_ID-$restart
-  STARTED=$prefix.started ERRORS=$prefix.srun
+  STARTS=$OUTPUT_DIR/logs/.$SLURM_JOB_ID.starts ERRORS=$prefix.srun
   export STOPPED=$prefix.stopped PYTHONUNBUFFERED=1 UPSTREAM
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   export MASTER_ADDR
-  : >"$STARTED"
-  trap 'rm -f "$STARTED" "$STOPPED" "$ERRORS"' EXIT
+  count_starts
+  trap 'rm -f "$STOPPED" "$ERRORS"' EXIT
   say "$SUMMARY"
   say "start $restart of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST; ranks write $prefix-rank*.log"
   # shellcheck disable=SC2086
   srun --nodes="$NODES" --ntasks-per-node="$RANKS" --ntasks=$((NODES * RANKS)) --cpus-per-task="$CPUS_PER_TASK" \
     --kill-on-bad-exit=1 --output="$prefix-rank%t.log" $SRUN_OPTIONS \
     bash "$PROJECT/slurm/task.sh" python "${COMMAND[@]}" 2>"$ERRORS" || code=$?
-  conclude "$prefix" "$code" "$restart"
+  conclude "$prefix" "$code"
 }
 
-# What the step's end means: PREFIX of its files, srun's exit code, number of this start.
+# Sets UNSAVED: how many starts in a row, this one counted, have not written a checkpoint. The file STARTS keeps the number from
+# start to start, and its time is that of the latest start.
+count_starts() {
+  UNSAVED=0
+  [ ! -e "$STARTS" ] || has_saved || UNSAVED=$(cat "$STARTS")
+  UNSAVED=$((${UNSAVED:-0} + 1))
+  printf '%s\n' "$UNSAVED" >"$STARTS"
+}
+
+# Whether a checkpoint is newer than the start that STARTS stands for.
+has_saved() { [ -n "$(find "$OUTPUT_DIR" -name '*.pth' -newer "$STARTS" | head -n 1)" ]; }
+
+# What the step's end means: PREFIX of its files, srun's exit code.
 conclude() {
   local state
   if [ "$2" = 0 ] && [ ! -e "$STOPPED" ]; then
+    rm -f "$STARTS"
     say "finished; $OUTPUT_DIR"
     return
   fi
@@ -183,13 +225,14 @@ conclude() {
     report "$1" "$2"
     exit "$2"
   fi
-  back_into_the_queue "$3"
+  back_into_the_queue
 }
 
-# The ranks were asked to stop and did. Nothing forbids another start but MAX_RESTARTS starts without a checkpoint.
+# The ranks were asked to stop and did. Nothing forbids another start but MAX_RESTARTS of them in a row without a checkpoint:
+# a job of days may be stopped as often as it likes while it gets on.
 back_into_the_queue() {
-  if [ "$1" -ge "$MAX_RESTARTS" ] && [ -z "$(find "$OUTPUT_DIR" -name '*.pth' -newer "$STARTED" | head -n 1)" ]; then
-    say "error: stopped before a checkpoint was written, at start $1 (MAX_RESTARTS $MAX_RESTARTS): not requeued" >&2
+  if [ "$UNSAVED" -ge "$MAX_RESTARTS" ] && ! has_saved; then
+    say "error: $UNSAVED starts in a row ended before a checkpoint was written (MAX_RESTARTS $MAX_RESTARTS): not requeued" >&2
     exit 1
   fi
   say "stopped; back into the queue"
@@ -203,9 +246,22 @@ report() {
   cat "$ERRORS" >&2
   ranks=$(sed -n 's/^srun: error: [^:]*: tasks\{0,1\} \([0-9]*\).*/\1/p' "$ERRORS" | head -n 2)
   ranks=${ranks:-0}
-  say "error: rank ${ranks//$'\n'/, } failed (srun's exit code $2); the same command continues the last checkpoint" >&2
+  say "error: rank ${ranks//$'\n'/, } failed (srun's exit code $2); $(way_on)" >&2
   for rank in $ranks; do
     say "the end of $1-rank$rank.log:" >&2
     tail -n 40 "$1-rank$rank.log" >&2 || true
   done
+}
+
+# What the same command would do after a failure.
+way_on() {
+  local checkpoint=$OUTPUT_DIR/checkpoint-last.pth
+  [ -z "$UPSTREAM" ] || checkpoint=$(find "$OUTPUT_DIR" -name '*.pth' | head -n 1)
+  if [ ! -e "$checkpoint" ]; then
+    echo "there is no checkpoint yet, so the same command starts anew"
+  elif [ -n "$RESUME" ] && [ -z "$UPSTREAM" ]; then
+    echo "the same command with --resume auto continues the last checkpoint"
+  else
+    echo "the same command continues the last checkpoint"
+  fi
 }

@@ -19,6 +19,7 @@ from typing import Any
 
 from common.training.config import RunConfig
 from common.training.errors import BadInput, Parser, run_cli
+from slurm.partition import Request, check_partition
 from slurm.plan import Resources, add_resources, check_folder, configuration, plan
 from slurm.rank import Training  # before submitit: sets the signal that submitit will use
 
@@ -40,6 +41,9 @@ def main(argv: Sequence[str]) -> None:
     config = configuration(module, words)[0]
     job_dir = Path(args.job_dir or Path(config.output_dir) / "submitit").absolute()
     check_folder("--job_dir", job_dir)
+    if args.executor == "slurm" and not args.render:
+        options = " ".join(f"--{option.removeprefix('--')}" for option in args.sbatch)
+        check_partition(Request(args.partition or "", args.nodes, ranks, args.cpus_per_task, args.qos or "", options))
     executor = make_executor(args, ranks, job_dir)
     if args.render:
         Path(args.render).write_text(batch_script(executor))
@@ -76,7 +80,9 @@ def make_executor(args: argparse.Namespace, ranks: int, job_dir: Path) -> submit
     """
     if args.executor == "slurm" and shutil.which("srun") is None:
         raise BadInput("--executor slurm: srun is not on PATH, this is no node of a Slurm cluster (--executor local runs here)")
-    executor = submitit.AutoExecutor(folder=job_dir / "%j", cluster=args.executor, slurm_max_num_timeout=args.max_restarts)
+    # submitit's local controller makes a folder by the name it is given, %j and all: there the launch has one, not the job.
+    folder = job_dir / (f"local-{os.getpid()}" if args.executor == "local" else "%j")
+    executor = submitit.AutoExecutor(folder=folder, cluster=args.executor, slurm_max_num_timeout=args.max_restarts)
     if args.executor == "debug":
         return executor
     options: dict[str, Any] = {

@@ -6,6 +6,7 @@ The same is checked again as a job's first act, so that `sbatch` on a script end
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import os
@@ -17,9 +18,11 @@ from common.mask_config import MaskConfig
 from common.training.checkpoint import check_same_run, find_resume, read_checkpoint
 from common.training.command_line import parse_arguments, parse_flags
 from common.training.config import ImageSetConfig, RunConfig, TrainConfig
+from common.training.engine import make_mask
 from common.training.errors import BadInput, Parser, run_cli
 from common.training.sources import find_images, open_source
 from downstream.training import TaskConfig, check_same_task, with_method
+from slurm.partition import Request, check_partition
 from slurm.upstream import official_command
 
 PROGRAM = "slurm.plan"
@@ -100,7 +103,9 @@ def plan(module: str, flags: Sequence[str], resources: Resources, pending: bool 
     if isinstance(config, TaskConfig) and not pending:
         config = with_method(config)
     check_paths(config, pending)
-    check_data(module, config)
+    if isinstance(config, TrainConfig) and mask_config is not None:
+        make_mask(config, mask_config, config.grid_size)  # as the trainer's start does: what model and flags decide of it
+    check_data(module, config, resources.effective_batch)
     check_checkpoint(module, config, mask_config, resources.effective_batch)
     return words
 
@@ -145,32 +150,57 @@ def check_folder(flag: str, folder: Path) -> None:
         raise BadInput(f"{flag} {folder}: {existing} cannot be written to")
 
 
-def check_data(module: str, config: RunConfig) -> None:
-    """Raises BadInput if the data is not there. A folder is searched up to its first image: ImageNet takes minutes to list.
+def check_data(module: str, config: RunConfig, effective_batch: int) -> None:
+    """Raises BadInput if the data is not there, or if an epoch of it does not fill one update."""
+    needed = -(-effective_batch // config.repeat)
+    images = count_images(module, config, needed)
+    if images is not None:
+        check_epoch(images, config.repeat, effective_batch)
 
-    A module whose data has a layout of its own has a function `check_data`.
+
+def check_epoch(images: int, repeat: int, effective_batch: int) -> None:
+    """Raises BadInput if an epoch of `images` x `repeat` samples does not fill one update."""
+    if images * repeat < effective_batch:
+        raise BadInput(
+            f"an effective batch of {effective_batch} images an update, but an epoch has {images * repeat} "
+            f"({images} images x --repeat {repeat}): nothing would ever be updated (lower the batch, or raise --repeat)"
+        )
+
+
+def count_images(module: str, config: RunConfig, needed: int) -> int | None:
+    """Training images, or any number from `needed` up where there are more; None where counting would take too long.
+
+    A module whose data has a layout of its own has a function `check_data(config)`, which may return their number.
+
+    Raises:
+        BadInput: the data is not there.
     """
     module_check = getattr(importlib.import_module(module), "check_data", None)
     if module_check is not None:
-        module_check(config)
-    elif isinstance(config, ImageSetConfig) and (not config.data_path or config.dataset not in ("auto", "folder")):
-        open_source(config)
-    elif not has_image(Path(config.data_path)):
-        find_images(Path(config.data_path))
+        count: int | None = module_check(config)
+        return count
+    if isinstance(config, ImageSetConfig) and (not config.data_path or config.dataset not in ("auto", "folder")):
+        count = len(open_source(config))
+    else:
+        count = count_files(Path(config.data_path), needed)
+    subset = getattr(config, "subset", 0)
+    return min(count, subset) if subset else count
 
 
-def has_image(root: Path) -> bool:
-    """Whether a class folder of the training images can be seen to hold an image."""
-    folder = root / "train" if (root / "train").is_dir() else root
-    if not folder.is_dir():
-        return False
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            try:
-                return bool(find_images(entry))
-            except BadInput:
-                return False
-    return False
+def count_files(root: Path, needed: int) -> int:
+    """Images of a folder, class by class until there are `needed`: the whole of ImageNet takes minutes to list.
+
+    Raises:
+        BadInput: none at all; as the trainer says it.
+    """
+    folder, count = root / "train" if (root / "train").is_dir() else root, 0
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.is_dir() and not entry.name.startswith("."):
+            with contextlib.suppress(BadInput):  # a class without images
+                count += len(find_images(entry))
+        if count >= needed:
+            return count
+    return len(find_images(root))
 
 
 def check_checkpoint(module: str, config: RunConfig, mask_config: MaskConfig | None, effective_batch: int) -> None:
@@ -201,27 +231,45 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Prints a title, the plan's summary, and the words of each rank's command after `python`, one a line."""
+    args = _parser().parse_args(argv)
+    resources = Resources(args.nodes, args.ranks_per_node, args.effective_batch, args.batch_per_rank)
+    words = _official_words(args, resources) if args.upstream else _words(args, resources)
+    if args.cpus_per_task:
+        cpus, options = args.cpus_per_task, args.sbatch_options
+        check_partition(Request(args.partition, args.nodes, args.ranks_per_node, cpus, args.qos, options))
+    print("\n".join([f"{PROGRAM}:", resources.summary(), *words]))
+
+
+def _words(args: argparse.Namespace, resources: Resources) -> list[str]:
+    places = ["--data_path", args.data_path, "--output_dir", args.output_dir, "--dist_timeout", args.dist_timeout]
+    return ["-m", args.module, *plan(args.module, [*places, *args.flags], resources, args.pending)]
+
+
+def _official_words(args: argparse.Namespace, resources: Resources) -> list[str]:
+    data, output = Path(args.data_path), Path(args.output_dir)
+    check_folder("--output_dir", output)
+    words = official_command(args.module, Path(args.upstream), data, output, resources.split(), args.flags)
+    check_epoch(count_files(data, resources.effective_batch), 1, resources.effective_batch)
+    return words
+
+
+def _parser() -> Parser:
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     add_resources(parser)
-    parser.add_argument("--ranks_per_node", type=int, default=1, help="GPUs of a node, or processes where it has none")
-    parser.add_argument("--data_path", default="", help="as the trainer's")
-    parser.add_argument("--output_dir", required=True, help="as the trainer's")
-    parser.add_argument("--dist_timeout", default="10", help="as the trainer's")
-    parser.add_argument("--upstream", default="", metavar="PATH", help="a patched clone: plan the official script of the module")
-    parser.add_argument("--pending", action="store_true", help="do not look for files that another job is to write first")
-    parser.add_argument("module", help="module to run, such as mae_evolved.main_pretrain")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags; with --upstream the official script's")
-    args = parser.parse_args(argv)
-    resources = Resources(args.nodes, args.ranks_per_node, args.effective_batch, args.batch_per_rank)
-    places = ["--data_path", args.data_path, "--output_dir", args.output_dir]
-    if args.upstream:
-        data, output = Path(args.data_path), Path(args.output_dir)
-        check_folder("--output_dir", output)
-        words = official_command(args.module, Path(args.upstream), data, output, resources.split(), args.flags)
-    else:
-        timeout = ["--dist_timeout", args.dist_timeout]
-        words = ["-m", args.module, *plan(args.module, [*places, *timeout, *args.flags], resources, args.pending)]
-    print("\n".join([f"{PROGRAM}:", resources.summary(), *words]))
+    add = parser.add_argument
+    add("--ranks_per_node", type=int, default=1, help="GPUs of a node, or processes where it has none")
+    add("--data_path", default="", help="as the trainer's")
+    add("--output_dir", required=True, help="as the trainer's")
+    add("--dist_timeout", default="10", help="as the trainer's")
+    add("--upstream", default="", metavar="PATH", help="a patched clone: plan the official script of the module")
+    add("--cpus_per_task", type=int, default=0, help="cores of a rank; 0: the partition is not looked at [0]")
+    add("--partition", default="", help="where the job will be; default: the cluster's")
+    add("--qos", default="", help="of the job")
+    add("--sbatch_options", default="", help="more options of sbatch")
+    add("--pending", action="store_true", help="do not look for files that another job is to write first")
+    add("module", help="module to run, such as mae_evolved.main_pretrain")
+    add("flags", nargs=argparse.REMAINDER, help="its flags; with --upstream the official script's")
+    return parser
 
 
 if __name__ == "__main__":

@@ -75,6 +75,17 @@ class Lab:
         )
         until(f"training in start {restart}", lambda: self.epochs(output) >= before + 2, lambda: self.shown(output))
 
+    def loading(self, job: str, output: Path) -> None:
+        """Waits until the ranks of a start are there, which then import torch for seconds before they can save anything."""
+
+        def there() -> bool:
+            try:
+                return bool(self.rank(0, job) and self.rank(1, job))
+            except ValueError:
+                return False
+
+        until(f"the ranks of job {job}", there, lambda: self.shown(output))
+
     def epochs(self, output: Path) -> int:
         """Epochs in the log of a run."""
         log = output / "log.txt"
@@ -185,6 +196,36 @@ def test_run_that_is_interrupted_in_every_way_ends_as_one_left_alone(lab: Lab, w
     print(f"dead rank: job ended after {took:.1f} s; seconds from the last update to the next, four stops:", *map(round, gaps))
 
 
+def test_job_that_gets_on_is_requeued_however_often_it_was_stopped(lab: Lab) -> None:
+    """A job of days in the small: stopped after each of four starts, then before it could save; two such in a row end it."""
+    output = lab.folder / "days"
+    job = lab.submit(output, "--epochs", "5000", "--save_steps", "1", MAX_RESTARTS=2)
+
+    def stop(restart: int) -> None:
+        lab.cluster.run("scancel", "--signal=USR1", job)
+        until(f"requeue {restart + 1}", lambda: lab.facts(job)["Restarts"] == str(restart + 1), lambda: lab.shown(output))
+
+    for restart in range(4):
+        lab.running(job, restart, output)
+        stop(restart)
+    lab.loading(job, output)
+    epochs = lab.epochs(output)
+    stop(4)
+    assert lab.epochs(output) == epochs, "that start was to be stopped before it trained"
+    lab.running(job, 5, output)
+    stop(5)
+    for restart in (6, 7):
+        lab.loading(job, output)
+        if restart == 6:
+            stop(6)
+        else:
+            lab.cluster.run("scancel", "--signal=USR1", job)
+    assert lab.ended(job, output) == "FAILED"
+    said = (output / "logs" / f"{job}.out").read_text()
+    assert said.count("stopped; back into the queue") == 7
+    assert "2 starts in a row ended before a checkpoint was written (MAX_RESTARTS 2): not requeued" in said
+
+
 @contextlib.contextmanager
 def _slow(process: int) -> Iterator[Callable[[], bool]]:
     """A rank that takes as long over its update as the block lasts; yields whether USR1 has come.
@@ -234,6 +275,15 @@ def test_refused_by_the_cluster_or_by_the_job_itself(lab: Lab, whole: Path) -> N
     assert done.stderr.count("\n") == 1
     assert "not submitted: invalid partition specified: nowhere" in done.stderr
     assert lab.cluster.run("squeue", "-h", "-a", "-t", "all", "-o", "%A") == before
+    for values, message in (
+        ({"NODES": 4}, "4 nodes are asked for, but partition all has 2: the job would wait for ever"),
+        ({"CPUS_PER_TASK": 5}, "5 CPUs a node (1 ranks x 5) are asked for, but partition all has at most 4"),
+    ):
+        wished = {**lab.values, **values}
+        done = script("pretrain_mae", environment=lab.cluster.environment, OUTPUT_DIR=output, **wished)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert message in done.stderr
+        assert lab.cluster.run("squeue", "-h", "-a", "-t", "all", "-o", "%A") == before
     done = script("pretrain_mae", "--seed", "5", environment=lab.cluster.environment, OUTPUT_DIR=whole, **lab.values)
     assert done.returncode == 2
     assert "made with other settings: --seed 0 -> 5" in done.stderr

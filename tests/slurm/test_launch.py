@@ -34,6 +34,7 @@ def on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "srun").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "sinfo").write_text("#!/bin/sh\necho 'gpu|gpu*|2|16|1-infinite|UNLIMITED'\n")
     (folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
     for program in folder.iterdir():
         program.chmod(0o755)
@@ -45,7 +46,7 @@ def on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_batch_script_is_the_recorded_one(name: str, on_a_cluster: Path, image_folder: Path, tmp_path: Path) -> None:
     """RECORD=1 pytest tests/slurm/test_launch.py writes the recorded ones anew."""
     options = shlex.split(RENDERED[name])
-    flags = f"{PARTS} --data_path {image_folder} --output_dir {tmp_path}/out".split()
+    flags = f"{PARTS} --repeat 4 --data_path {image_folder} --output_dir {tmp_path}/out".split()
     main([*options, "--render", str(tmp_path / "batch.sh"), "--", "mae_evolved.main_pretrain", *flags])
     text = (tmp_path / "batch.sh").read_text()
     for real, stands_for in ((str(tmp_path), "WORK"), (sys.executable, "PYTHON"), (str(ROOT), "PROJECT")):
@@ -67,7 +68,16 @@ def test_batch_script_is_the_recorded_one(name: str, on_a_cluster: Path, image_f
         ("--time 0 --effective_batch 4 --batch_per_rank 4 -- {run}", "--time must be 1 or more, got 0"),
         ("--sbatch =1 --effective_batch 4 --batch_per_rank 4 -- {run}", "--sbatch must be NAME or NAME=VALUE"),
         ("--effective_batch 4 --batch_per_rank 4 -- {run} --data_path /nowhere", "--data_path /nowhere: no such folder"),
-        ("--partition gpu --effective_batch 4 --batch_per_rank 4 -- {run}", "not submitted: invalid partition specified: gpu"),
+        ("--nodes 4 --effective_batch 4 --batch_per_rank 4 -- {run}", "4 nodes are asked for, but partition gpu has 2"),
+        (
+            "--cpus_per_task 17 --effective_batch 4 --batch_per_rank 4 -- {run}",
+            "17 CPUs a node (1 ranks x 17) are asked for, but",
+        ),
+        ("--effective_batch 17 --batch_per_rank 4 -- {run}", "but an epoch has 16 (16 images x --repeat 1)"),
+        (
+            "--partition gpu --effective_batch 4 --batch_per_rank 4 -- {run}",
+            "not submitted: invalid partition specified: gpu",
+        ),
     ],
 )
 def test_refused(options: str, message: str, on_a_cluster: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -103,6 +113,7 @@ def test_local_job_is_stopped_and_continues_by_itself(image_folder: Path, tmp_pa
             for rank in _tasks(job.pid):
                 os.kill(rank, signal.SIGUSR1)
         assert job.wait(240) == 0, "".join(path.read_text() for path in output.glob("submitit/*/*_log.*"))
+    assert not list(tmp_path.rglob("*%*")), "a folder by the name of submitit's place-holder"
     said = "".join(path.read_text() for path in (tmp_path / "cut").glob("submitit/*/*_log.out"))
     assert "asked to stop; saved" in said or "Requeued job" in said
     assert "resumed" in said
@@ -125,3 +136,18 @@ def test_debug_runs_in_this_process(image_folder: Path, tmp_path: Path) -> None:
     flags += "--num_workers 0 --picture_epochs 0"
     main(f"--executor debug --effective_batch 4 --batch_per_rank 4 -- mae_evolved.main_pretrain {flags}".split())
     assert len(read_log(tmp_path / "out")) == 1
+    assert not list(tmp_path.rglob("*%*"))
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_the_module_submits_nothing(
+    flag: str, on_a_cluster: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (on_a_cluster / "sbatch").write_text(f"#!/bin/sh\ntouch {tmp_path}/submitted\n")
+    flags = f"--effective_batch 4 --batch_per_rank 4 -- mae_evolved.main_pretrain {PARTS} --data_path {image_folder} {flag}"
+    with pytest.raises(SystemExit) as ended:
+        main([*flags.split(), "--output_dir", f"{tmp_path}/out"])
+    assert ended.value.code in (0, None)
+    assert "--weight_decay" in capsys.readouterr().out
+    assert not (tmp_path / "submitted").exists()
+    assert not (tmp_path / "out").exists()

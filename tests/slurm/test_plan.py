@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from common.training.errors import BadInput
-from slurm.plan import Resources, configuration, main, plan
+from slurm.plan import Resources, configuration, count_files, main, plan
 from tests.conftest import TINY, write_images
 
 MAE = "mae_evolved.main_pretrain"
@@ -97,18 +98,74 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
         ("--resume {tmp}/file", "checkpoint {tmp}/file: "),
         ("--config {tmp}/none.toml", "--config {tmp}/none.toml: "),
         ("--mask_ratio 2", "--mask_ratio must be inside"),
+        ("--input_size 64", "image 64, patch grid 4x4"),  # 40 parts of 16 patches
+        ("--mask block-official", "--mask block-official may mask fewer patches in some images"),
     ],
 )
 def test_refused(image_folder: Path, tmp_path: Path, flags: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no checkpoint")
-    given = f"--input_size 32 --data_path {image_folder} --output_dir {tmp_path}/out {flags.format(tmp=tmp_path)}".split()
+    given = f"--data_path {image_folder} --output_dir {tmp_path}/out {flags.format(tmp=tmp_path)}".split()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BadInput) as error:
         plan(MAE, given, Resources(1, 1, 4, 4))
     assert message.format(tmp=tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "effective", "message"),
+    [
+        ("", 17, "an effective batch of 17 images an update, but an epoch has 16 (16 images x --repeat 1)"),
+        ("--repeat 2", 33, "an effective batch of 33 images an update, but an epoch has 32 (16 images x --repeat 2)"),
+        ("--dataset photos --data_path=", 16, "an epoch has 14 (14 images x --repeat 1)"),
+    ],
+)
+def test_batch_larger_than_an_epoch_is_refused(
+    image_folder: Path, tmp_path: Path, flags: str, effective: int, message: str
+) -> None:
+    words = f"--data_path {image_folder} --output_dir {tmp_path}/out {flags}".split()
+    with pytest.raises(BadInput) as error:
+        plan(MAE, words, Resources(1, 1, effective, 4))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert plan(MAE, words, Resources(1, 1, effective - 2, 4))
+
+
+def test_batch_larger_than_the_labelled_subset_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("bird", "cat"):
+            write_images(tmp_path / "images" / split / name, 4)
+    flags = f"--data_path {tmp_path}/images --output_dir {tmp_path}/out --method mae --model vit_tiny_patch8 --input_size 32"
+    words = [*flags.split(), "--subset", "5"]
+    with pytest.raises(BadInput, match="an epoch has 5 "):
+        plan("downstream.finetune", words, Resources(1, 1, 8, 4))
+    assert plan("downstream.finetune", words, Resources(1, 1, 4, 4))
+    assert plan("downstream.finetune", words[:-2], Resources(1, 1, 8, 4))
+
+
+def test_batch_larger_than_the_segmentation_set_is_refused(tmp_path: Path) -> None:
+    write_segmentation(tmp_path / "ade", 3)
+    flags = f"--data_path {tmp_path}/ade --output_dir {tmp_path}/out --method mae --model vit_tiny_patch8 --input_size 32"
+    with pytest.raises(BadInput, match="an effective batch of 4 images an update, but an epoch has 3 "):
+        plan("downstream.segment", flags.split(), Resources(1, 1, 4, 4))
+    assert plan("downstream.segment", flags.split(), Resources(1, 1, 3, 4))
+
+
+def write_segmentation(root: Path, count: int) -> None:
+    """ADE20K's layout: `count` images of training, one of validation, all of class 1."""
+    for split, images in (("training", count), ("validation", 1)):
+        write_images(root / "images" / split, images, size=(40, 40))
+        (root / "annotations" / split).mkdir(parents=True)
+        for image in (root / "images" / split).iterdir():
+            Image.new("L", (40, 40), 1).save(root / "annotations" / split / f"{image.stem}.png")
+
+
+def test_images_are_counted_only_as_far_as_needed(image_folder: Path) -> None:
+    """ImageNet takes minutes to list: the second class is not looked at where the first will do."""
+    assert count_files(image_folder, 8) == 8
+    assert count_files(image_folder, 9) == count_files(image_folder, 1000) == 16
 
 
 def test_missing_tokenizer_is_refused(image_folder: Path, tmp_path: Path) -> None:
@@ -125,7 +182,7 @@ def test_module_that_is_no_trainer_is_refused(module: str) -> None:
 
 def test_flat_folder_of_images_is_data(tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 2)
-    flags = f"--input_size 32 --data_path {tmp_path}/flat --output_dir {tmp_path}/out".split()
+    flags = f"--data_path {tmp_path}/flat --output_dir {tmp_path}/out".split()
     assert plan(MAE, flags, Resources(1, 1, 2, 2))[-4:] == ["--batch_size", "2", "--accum_iter", "1"]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from slurm.partition import Request, check_partition
 from tests.conftest import ROOT
 from tests.methods import write_tokenizer
 from tests.slurm.conftest import TINY, WAIT, script
@@ -128,6 +130,7 @@ def test_recipe_of_a_script_is_there_with_its_effective_batch(name: str) -> None
         ({"SITE_ENV": "/nowhere.env"}, "SITE_ENV /nowhere.env: no such file"),
         ({"ACTIVATE": "false"}, "ACTIVATE false: no such file, and it fails as a command"),
         ({"UPSTREAM": "/nowhere"}, "/nowhere is not a folder"),
+        ({"EFFECTIVE_BATCH": 24}, "an effective batch of 24 images an update, but an epoch has 16 (16 images x --repeat 1)"),
         ({"flags": "--output_dir x"}, "--output_dir: set OUTPUT_DIR in its place"),
     ],
 )
@@ -145,3 +148,88 @@ def test_refusal_of_sbatch_is_one_line(login: Login) -> None:
     done = login("pretrain_mae")
     assert done.returncode == 2
     assert done.stderr == "pretrain_mae: error: not submitted: invalid account; submission failed\n"
+
+
+# --- help ---
+
+ALL_SCRIPTS = sorted(path.stem for path in (ROOT / "slurm").glob("*.sh") if "\nlaunch " in path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [*((name, "--help") for name in ALL_SCRIPTS), ("pretrain_mae", "-h"), ("segment", "--seed 3 --help --epochs 2")],
+)
+def test_help_prints_variables_and_flags_and_submits_nothing(login: Login, name: str, flags: str) -> None:
+    done = login(name, *flags.split(), DATA_PATH="", NODES="2", TIME="7:00:00")
+    assert done.returncode == 0, done.stderr
+    assert not login.record.exists()
+    assert not (login.folder / "out").exists()
+    shown = done.stdout
+    assert f"slurm/{name}.sh" in shown.split("\n\n")[0]
+    assert "#SBATCH --" not in shown.split("\n\n")[0]
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["TIME=7:00:00", "of", "one", "start;", "a", "longer", "run", "is", "requeued", "and", "goes", "on"] in lines
+    variables = {line[0].split("=")[0] for line in lines if line and line[0].split("=")[0].isupper() and "=" in line[0]}
+    own = set(re.findall(r'^: "\$\{([A-Z_]+)=', (ROOT / "slurm" / f"{name}.sh").read_text(), flags=re.M))
+    assert own | {"PARTITION", "CPUS_PER_TASK", "MAX_RESTARTS", "AFTER", "OUTPUT_DIR", "DATA_PATH"} <= variables
+    assert ("UPSTREAM" in variables) == ("UPSTREAM" in own), "only what the script reads"
+    assert "--weight_decay" in shown
+    assert "--config FILE" in shown
+
+
+@pytest.mark.parametrize("flags", ["--config --help", "--init_from x -h", "--help=x"])
+def test_help_in_the_place_of_a_value_submits_nothing(login: Login, flags: str) -> None:
+    login("finetune", *flags.split())
+    assert not login.record.exists()
+
+
+# --- the partition ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"NODES": 4}, "4 nodes are asked for, but partition small has 3: the job would wait for ever"),
+        ({"CPUS_PER_TASK": 20}, "40 CPUs a node (2 ranks x 20) are asked for, but partition small has at most 32"),
+        (
+            {"NODES": 2, "CPUS_PER_TASK": 16},
+            "2 nodes with 32 CPUs a node (2 ranks x 16) are asked for, but partition",
+        ),
+        ({"NODES": 4, "PARTITION": "wide"}, "4 nodes are asked for, but partition wide gives a job at most 2"),
+        ({"NODES": 16, "PARTITION": "small,wide", "GPUS_PER_NODE": 1}, "but partition small has 3; 16 nodes are asked for, but"),
+        ({"NODES": 4, "PARTITION": "", "SBATCH_PARTITION": "small"}, "but partition small has 3"),
+    ],
+)
+def test_more_than_the_partition_can_ever_give_is_refused(login: Login, values: dict[str, object], message: str) -> None:
+    groups = ("small|small*|2|16|1-infinite|UNLIMITED", "small|small*|1|64|1-infinite|32", "wide|wide|8|64|1-2|UNLIMITED")
+    file = login.folder / "groups"
+    file.write_text("".join(f"{line}\n" for line in groups))
+    login.program("sinfo", f'case "$*" in *=small) grep ^small {file} ;; *=wide) grep ^wide {file} ;; *) cat {file} ;; esac')
+    usual = {"NODES": 1, "GPUS_PER_NODE": 2, "CPUS_PER_TASK": 4}
+    done = login("pretrain_mae", **{**usual, **values})
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not login.record.exists()
+    assert not (login.folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "request_"),
+    [
+        ("exit 1", Request("", 16, 1, 1)),
+        ("echo 'gpu|gpu*|1K|8|1-infinite|UNLIMITED'", Request("", 16, 1, 1)),
+        ("echo nonsense", Request("", 16, 1, 1)),
+        ("true", Request("unknown", 16, 1, 1)),
+        ("echo 'gpu|gpu|2|8|1-infinite|UNLIMITED'", Request("", 16, 1, 1)),  # not the default, which a plug-in may choose
+        ("echo 'gpu|gpu*|2|8|1-infinite|UNLIMITED'", Request("", 16, 1, 1, options="--exclusive --partition=other")),
+        ("echo 'gpu|gpu*|16|8|1-2|UNLIMITED'", Request("", 16, 1, 8, qos="large")),
+        ("echo 'gpu|gpu*|16|8|1-16|8'", Request("gpu", 16, 2, 4)),
+    ],
+)
+def test_what_slurm_does_not_rule_out_is_left_to_sbatch(
+    program: str, request_: Request, login: Login, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    login.program("sinfo", program)
+    monkeypatch.setenv("PATH", login.environment["PATH"])
+    check_partition(request_)
