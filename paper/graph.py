@@ -25,7 +25,7 @@ TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A run of one module.
 
     Attributes:
@@ -80,7 +80,7 @@ class Setting:
     tokenizer: str = ""
 
 
-def graph(tables: Iterable[str], setting: Setting, only: str = "") -> list[Run]:
+def graph(tables: Iterable[str], setting: Setting, only: str = "") -> list[PlannedRun]:
     """The runs of these tables, each once, every run behind those that it needs.
 
     Args:
@@ -96,7 +96,7 @@ def graph(tables: Iterable[str], setting: Setting, only: str = "") -> list[Run]:
                 places[cell.encoder, cell.stage] = None
     if not places:
         raise BadInput(f"--only {only}: no encoder of table {', '.join(tables)} has this in its name")
-    runs: dict[str, Run] = {}
+    runs: dict[str, PlannedRun] = {}
     for seed in setting.seeds:
         for encoder, stage in places:
             for run in (*_before(encoder, setting, seed), _downstream(encoder, stage, setting, seed)):
@@ -104,7 +104,7 @@ def graph(tables: Iterable[str], setting: Setting, only: str = "") -> list[Run]:
     return list(runs.values())
 
 
-def data_of(run: Run, setting: Setting) -> str:
+def data_of(run: PlannedRun, setting: Setting) -> str:
     """Which of the data sets a run reads, by the name of its flag."""
     return next(name for name, folder in setting.data.items() if folder == run.data_path)
 
@@ -123,7 +123,7 @@ TINY_RATES = {"mae": ("--blr", "1e-2"), "beit": ("--blr", "6.4e-2"), "simmim": (
 TINY = ("--input_size", TINY_PIXELS, "--warmup_epochs", "0", "--num_workers", "0")
 
 
-def _before(encoder: PretrainedEncoder, setting: Setting, seed: int) -> list[Run]:
+def _before(encoder: PretrainedEncoder, setting: Setting, seed: int) -> list[PlannedRun]:
     """Tokenizer and pre-training of an encoder."""
     if encoder.method == "none":
         return []
@@ -131,7 +131,7 @@ def _before(encoder: PretrainedEncoder, setting: Setting, seed: int) -> list[Run
     return [*tokenizer, _pretraining(encoder, setting, seed, tokenizer)]
 
 
-def _pretraining(encoder: PretrainedEncoder, setting: Setting, seed: int, tokenizer: Sequence[Run]) -> Run:
+def _pretraining(encoder: PretrainedEncoder, setting: Setting, seed: int, tokenizer: Sequence[PlannedRun]) -> PlannedRun:
     package, module, prefix = MODULES[encoder.method]
     folder = folder_of(setting.root, encoder, seed, "pretrain")
     flags = ["--seed", str(seed), *MASKS[encoder.mask]]
@@ -149,7 +149,7 @@ def _pretraining(encoder: PretrainedEncoder, setting: Setting, seed: int, tokeni
         flags += ["--epochs", str(encoder.epochs)]
         batch, batch_per_gpu = EFFECTIVE[encoder.method], 512 if encoder.method == "mae" else 128
     macs = cost.pretraining_macs(encoder.method, encoder.size, evolved="--mask" not in MASKS[encoder.mask])
-    return Run(
+    return PlannedRun(
         name=_name(encoder, seed, "pretrain"),
         module=f"{package}.{module}",
         script=f"pretrain_{encoder.method}",
@@ -170,9 +170,9 @@ def _recipe(encoder: PretrainedEncoder) -> str:
     return "table5_mae_base_300.toml" if encoder.method == "mae" else f"official_{encoder.method}_base_800.toml"
 
 
-def _tiny_tokenizer(setting: Setting, seed: int) -> Run:
+def _tiny_tokenizer(setting: Setting, seed: int) -> PlannedRun:
     flags = ("--dataset", "folder", "--input_size", TINY_PIXELS, "--repeat", "1", "--epochs", "1", "--seed", str(seed))
-    return Run(
+    return PlannedRun(
         name=f"{TOKENIZER}/seed{seed}",
         module="beit_evolved.train_tokenizer",
         script="train_tokenizer",
@@ -219,7 +219,7 @@ TINY_BATCHES: dict[Stage, int] = {"finetune": 32, "linear_probe": 64, "segment":
 PROBE_EPOCHS, TUNE_EPOCHS, DETECT_EPOCHS, SEGMENT_UPDATES = 90, 100, 15, 80_000
 
 
-def _downstream(encoder: PretrainedEncoder, stage: Stage, setting: Setting, seed: int) -> Run:
+def _downstream(encoder: PretrainedEncoder, stage: Stage, setting: Setting, seed: int) -> PlannedRun:
     before = _before(encoder, setting, seed)
     pretrained = before[-1].folder / LAST if before else None
     flags = ["--seed", str(seed), "--init_from", str(pretrained)] if pretrained else ["--seed", str(seed)]
@@ -230,7 +230,7 @@ def _downstream(encoder: PretrainedEncoder, stage: Stage, setting: Setting, seed
     else:
         flags += ["--model", f"vit_{encoder.size}_patch16"]
         batch, batch_per_gpu = BATCHES[stage]
-    return Run(
+    return PlannedRun(
         name=_name(encoder, seed, stage),
         module=f"downstream.{stage}",
         script=stage,
@@ -258,7 +258,7 @@ def _name(encoder: PretrainedEncoder, seed: int, stage: str) -> str:
     return f"{encoder.name}/seed{seed}/{stage}"
 
 
-def check_recipes(runs: Iterable[Run]) -> None:
+def check_recipes(runs: Iterable[PlannedRun]) -> None:
     """Raises BadInput for a recipe that is not there or cannot be read."""
     for recipe in {run.recipe for run in runs}:
         try:

@@ -29,7 +29,7 @@ from common.training.errors import BadInput, Parser, run_cli
 from common.training.interrupt import EXIT_INTERRUPTED, Interrupted
 from common.training.runlog import write_text
 from paper import cost
-from paper.graph import PROJECT, Run, Setting, check_recipes, data_of, graph
+from paper.graph import PROJECT, PlannedRun, Setting, check_recipes, data_of, graph
 from paper.tables import TABLES, write_tables
 from scenes.make import make_scenes
 from slurm.partition import Request, check_partition
@@ -122,7 +122,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
     return Setting(root, args.scale, seeds, data, args.tokenizer or "<tokenizer>")
 
 
-def check_inputs(runs: Sequence[Run], setting: Setting) -> None:
+def check_inputs(runs: Sequence[PlannedRun], setting: Setting) -> None:
     """Raises BadInput for data or a tokenizer that the runs need and that is not named or not there."""
     if setting.scale == "tiny":
         return
@@ -149,7 +149,7 @@ def prepare(setting: Setting) -> None:
 # --- listing ---
 
 
-def show(runs: Sequence[Run], tflops: float, setting: Setting) -> None:
+def show(runs: Sequence[PlannedRun], tflops: float, setting: Setting) -> None:
     """Every command, what it waits for, and its hours."""
     total = 0.0
     for run in runs:
@@ -167,7 +167,7 @@ def show(runs: Sequence[Run], tflops: float, setting: Setting) -> None:
         )
 
 
-def environment(run: Run, after: Sequence[str]) -> list[str]:
+def environment(run: PlannedRun, after: Sequence[str]) -> list[str]:
     """NAME=VALUE words for slurm/*.sh."""
     words = [
         f"OUTPUT_DIR={run.folder}",
@@ -181,7 +181,7 @@ def environment(run: Run, after: Sequence[str]) -> list[str]:
 # --- Slurm ---
 
 
-def submit(runs: Sequence[Run], setting: Setting) -> None:
+def submit(runs: Sequence[PlannedRun], setting: Setting) -> None:
     """Submits the runs that are neither finished nor in the queue. All of them or, if one is refused, none.
 
     Raises:
@@ -209,11 +209,11 @@ def submit(runs: Sequence[Run], setting: Setting) -> None:
         print(f"{len(todo)} jobs submitted, {len(queue)} in the queue already, {sum(run.finished for run in runs)} finished")
 
 
-def _is_finished(name: str, runs: Sequence[Run]) -> bool:
+def _is_finished(name: str, runs: Sequence[PlannedRun]) -> bool:
     return next(run.finished for run in runs if run.name == name)
 
 
-def check(run: Run, site: dict[str, str]) -> None:
+def check(run: PlannedRun, site: dict[str, str]) -> None:
     """What the job's first act will check, before anything is submitted."""
     nodes, ranks = share(run, site)
     batch_per_gpu = int(site["BATCH_PER_GPU"] or run.batch_per_gpu)
@@ -226,7 +226,7 @@ def check(run: Run, site: dict[str, str]) -> None:
         raise BadInput(f"{run.name}: {error}") from None
 
 
-def share(run: Run, site: dict[str, str]) -> tuple[int, int]:
+def share(run: PlannedRun, site: dict[str, str]) -> tuple[int, int]:
     """(nodes, ranks a node) of a run: the site's, or as many of them as can share the batch equally.
 
     What pre-training fills may be too much for UperNet's batch of 16.
@@ -249,7 +249,7 @@ def site_values() -> dict[str, str]:
     return dict(zip(names, process.stdout.splitlines(), strict=True))
 
 
-def sbatch(run: Run, after: Sequence[str], site: dict[str, str]) -> str:
+def sbatch(run: PlannedRun, after: Sequence[str], site: dict[str, str]) -> str:
     """Number of the job that slurm/<script>.sh submits.
 
     Raises:
@@ -314,7 +314,7 @@ def locked(root: Path) -> Iterator[None]:
 # --- status ---
 
 
-def show_status(runs: Sequence[Run], root: Path) -> None:
+def show_status(runs: Sequence[PlannedRun], root: Path) -> None:
     """A line for each run, then how many there are of each state."""
     jobs = read_jobs(root)
     queue = read_queue({name: jobs[name] for run in runs if (name := run.name) in jobs and not run.finished})
@@ -326,7 +326,7 @@ def show_status(runs: Sequence[Run], root: Path) -> None:
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
 
 
-def state_of(run: Run, jobs: dict[str, Any], queue: dict[str, str]) -> RunState:
+def state_of(run: PlannedRun, jobs: dict[str, Any], queue: dict[str, str]) -> RunState:
     """By the result file first, then by the queue."""
     if run.finished:
         return "finished"
@@ -335,7 +335,7 @@ def state_of(run: Run, jobs: dict[str, Any], queue: dict[str, str]) -> RunState:
     return "failed" if run.name in jobs else "not submitted"
 
 
-def progress_of(run: Run) -> str:
+def progress_of(run: PlannedRun) -> str:
     """Epochs that a started, unfinished run has logged."""
     log = run.folder / "log.txt"
     if run.finished or not log.exists():
@@ -346,7 +346,7 @@ def progress_of(run: Run) -> str:
 # --- this machine ---
 
 
-def run_here(runs: Sequence[Run], setting: Setting) -> None:
+def run_here(runs: Sequence[PlannedRun], setting: Setting) -> None:
     """Runs what is missing in this order, one process each.
 
     Raises:

@@ -19,7 +19,7 @@ from downstream.segmentation.upernet import UperNet
 from downstream.vit import build_encoder
 from mae_evolved.model import MODELS as MAE
 from paper import cost, reproduce
-from paper.graph import Run, Setting, graph
+from paper.graph import PlannedRun, Setting, graph
 from paper.reproduce import main
 from paper.tables import TABLES
 from simmim_evolved.model import MODELS as SIMMIM
@@ -221,7 +221,7 @@ def test_refused_run_cancels_what_was_submitted(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
     monkeypatch.setenv("SITE_ENV", os.devnull)
     monkeypatch.setattr(reproduce, "check", lambda run, site: None)
-    runs: list[Run] = graph(["3"], setting(tmp_path / "out"))
+    runs: list[PlannedRun] = graph(["3"], setting(tmp_path / "out"))
     with pytest.raises(BadInput, match=r"not submitted: no more; nothing is submitted"):
         reproduce.submit(runs, setting(tmp_path / "out"))
     assert (tmp_path / "cancelled").read_text() == "1 2\n"
