@@ -27,6 +27,7 @@ from downstream.classification.labelled import (
     is_rand_augment,
     middle,
     open_labelled,
+    posterized,
     same_classes,
 )
 from downstream.finetune import FinetuneConfig
@@ -76,20 +77,20 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 def test_fashion_mnist_files(tmp_path: Path) -> None:
     """Training and validation come from their own files, labels beside images."""
-    generator, held = np.random.default_rng(0), {}
+    generator, arrays = np.random.default_rng(0), {}
     for part, count in (("train", 12), ("t10k", 5)):
-        held[part] = generator.integers(0, 256, (count, 28, 28)), generator.integers(0, 10, count)
-        for kind, values in zip(("images-idx3", "labels-idx1"), held[part], strict=True):
+        arrays[part] = generator.integers(0, 256, (count, 28, 28)), generator.integers(0, 10, count)
+        for kind, values in zip(("images-idx3", "labels-idx1"), arrays[part], strict=True):
             write_idx(tmp_path / f"{part}-{kind}-ubyte.gz", values)
     named = config(dataset="fashion-mnist", data_path=str(tmp_path), input_size="28")
     for part, train in (("train", True), ("t10k", False)):
         labelled = open_labelled(named, train)
-        assert labelled.labels == held[part][1].tolist()
+        assert labelled.labels == arrays[part][1].tolist()
         assert labelled.classes == list(FASHION_CLASSES)
         image = np.asarray(labelled.load(3)[0])
-        assert np.array_equal(image, held[part][0][3, :, :, None].repeat(3, axis=2))
+        assert np.array_equal(image, arrays[part][0][3, :, :, None].repeat(3, axis=2))
         assert labelled.name(3) == "fashion-mnist[3]"
-    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", held["train"][1][:-1])
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", arrays["train"][1][:-1])
     with pytest.raises(BadInput, match="--dataset fashion-mnist: 12 images, but 11 labels in --data_path"):
         open_labelled(named, True)
 
@@ -126,18 +127,18 @@ def test_what_has_no_labels_or_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=message) as error:
             open_labelled(config(**flags), train=True)
         assert "\n" not in str(error.value)
-    for one in (root / "val").iterdir():
-        one.rename(tmp_path / one.name)
+    for folder in (root / "val").iterdir():
+        folder.rename(tmp_path / folder.name)
     (root / "val").rmdir()
     with pytest.raises(BadInput, match=r"no folder .*set/val \(expected"):
         open_labelled(config(data_path=str(root)), train=False)
 
 
 def test_classes_that_differ_are_named() -> None:
-    one, other = numbered([0, 1]), numbered([0, 1])
-    other.classes = ["0", "new"]
+    train, val = numbered([0, 1]), numbered([0, 1])
+    val.classes = ["0", "new"]
     with pytest.raises(BadInput, match="--data_path here: train and val have different classes: 1, new"):
-        same_classes(one, other, "here")
+        same_classes(train, val, "here")
 
 
 # --- subsets ---
@@ -148,17 +149,17 @@ def test_subset_is_even_and_drawn_by_the_seed() -> None:
     assert draw_subset(labelled, 0, 0) is labelled
     for count, shares in ((4, [1, 1, 1, 1]), (8, [2, 2, 2, 2]), (20, [6, 6, 2, 6]), (60, [19, 9, 2, 30])):
         drawn = [draw_subset(labelled, count, seed) for seed in (0, 0, 1)]
-        assert all(isinstance(one, LabelledSubset) for one in drawn)
-        indices = [one.indices for one in drawn]  # type: ignore[union-attr]
+        assert all(isinstance(subset, LabelledSubset) for subset in drawn)
+        indices = [subset.indices for subset in drawn]  # type: ignore[union-attr]
         assert indices[0] == indices[1] == sorted(set(indices[0]))
         assert indices[0] != indices[2]
-        held = Counter(labelled.labels[index] for index in indices[0])
-        assert all(abs(held[label] - share) <= (count in (20, 60)) for label, share in enumerate(shares))
-    one = draw_subset(labelled, 8, 5)
-    for place, index in enumerate(one.indices):  # type: ignore[union-attr]
-        image, label = one.load(place)
+        counts = Counter(labelled.labels[index] for index in indices[0])
+        assert all(abs(counts[label] - share) <= (count in (20, 60)) for label, share in enumerate(shares))
+    subset = draw_subset(labelled, 8, 5)
+    for place, index in enumerate(subset.indices):  # type: ignore[union-attr]
+        image, label = subset.load(place)
         assert (np.asarray(image)[0, 0, 0], label) == (index, labelled.labels[index])
-        assert one.name(place) == f"made[{index}]"
+        assert subset.name(place) == f"made[{index}]"
     assert draw_subset(labelled, 61, 0).indices == list(range(61))  # type: ignore[union-attr]
     with pytest.raises(BadInput, match="--subset 62: there are 61 training images"):
         draw_subset(labelled, 62, 0)
@@ -245,10 +246,10 @@ def test_augmentation_is_the_same_for_any_number_of_workers() -> None:
         seen.append([batch for epoch in (0, 1) if batches.start_at(epoch) is None for batch in loader])  # type: ignore[func-returns-value]
     for other in seen[1:]:
         assert len(other) == 8
-        for one, same in zip(seen[0], other, strict=True):
-            assert torch.equal(one.images, same.images)
-            assert torch.equal(one.views[1], same.views[1])
-            assert torch.equal(one.views[1], one.sample_ids)
+        for batch, same in zip(seen[0], other, strict=True):
+            assert torch.equal(batch.images, same.images)
+            assert torch.equal(batch.views[1], same.views[1])
+            assert torch.equal(batch.views[1], batch.sample_ids)
     assert not torch.equal(seen[0][0].images, seen[0][4].images)
 
 
@@ -267,12 +268,21 @@ def test_rand_augment_is_that_of_the_official_recipes() -> None:
     assert names == ["RandomResizedCrop", "ColorJitter", "ToTensor", "Normalize", "RandomErasing"]
 
 
-def test_every_operation_of_rand_augment_runs() -> None:
-    """timm 0.4.12 is older than the Pillow and numpy beside it."""
-    steps = augmentation(config(auto_augment="rand-m9-n1-mstd0.5-inc1", random_erasing=0)).transform.transforms  # type: ignore[attr-defined]
+@pytest.mark.parametrize("magnitude", [0, 9, 10])
+def test_every_operation_of_rand_augment_runs(magnitude: int) -> None:
+    """timm 0.4.12 is older than the Pillow and numpy beside it. 10 is its strongest, which a spread of 0.5 around 9 reaches."""
+    words = f"rand-m{magnitude}-n1-inc1"
+    steps = augmentation(config(auto_augment=words, random_erasing=0)).transform.transforms  # type: ignore[attr-defined]
     for op in next(step for step in steps if type(step).__name__ == "RandAugment").ops:
         op.prob = 1.0
         assert op(photo()).size == (30, 41)
+
+
+def test_posterized_keeps_the_upper_bits() -> None:
+    pixels = np.array(photo())
+    for bits in range(9):
+        expected = pixels >> (8 - bits) << (8 - bits) if bits else np.zeros_like(pixels)
+        assert np.array_equal(np.array(posterized(photo(), bits, resample=3)), expected), bits
 
 
 @pytest.mark.parametrize(
