@@ -130,10 +130,10 @@ class MaskConfig:
             raise ValueError(f"unknown mask option {', '.join(unknown)}")
         return cls(**{**RECIPES[recipe], **options})
 
-    @classmethod
-    def completed(cls, saved: dict[str, Any]) -> dict[str, Any]:
-        """Saved options, with the default of every one that is newer than the state: with it masks are as before."""
-        return {**{option.name: option.default for option in fields(cls)}, **saved}
+    @staticmethod
+    def completed(saved: dict[str, Any]) -> dict[str, Any]:
+        """Saved options, with the values of ADDED for those that are newer than the state."""
+        return {**ADDED, **saved}
 
     @property
     def parts_range(self) -> tuple[int, int]:
@@ -207,6 +207,9 @@ def _words() -> dict[str, tuple[str, ...]]:
     hints = get_type_hints(MaskConfig)
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
+
+ADDED: dict[str, Any] = {"start_candidates": 16, "start_refine": 0}
+"""Options that states of version 0.1.0 may lack, with the values under which masks are what they were without them."""
 
 WORDS: dict[str, tuple[str, ...]] = _words()
 """Allowed words of each option that takes one of several."""
