@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import mixup
+from PIL import Image
+from timm.data import auto_augment, mixup
 from timm.models.vision_transformer import Block
 from torch import nn
 from torchvision.transforms import functional as transforms
@@ -237,6 +238,26 @@ def shim_cuda_only_script() -> None:
     torch.distributed.init_process_group = init_process_group  # type: ignore[assignment]
 
 
+def shim_posterize() -> None:
+    """Pillow 13 refuses to keep 0 bits of a colour, which timm's RandAugment asks for at its strongest: black, as before.
+
+    With the magnitude 9 +- 0.5 of the official recipes for fine-tuning some images ask for it, and end the run. Can go
+    when the upstreams use a timm that keeps one bit at least.
+    """
+    plain = auto_augment.posterize
+    try:
+        plain(Image.new("L", (1, 1)), 0)
+    except ValueError:
+
+        def posterize(image: Image.Image, bits_to_keep: int, **settings: Any) -> Image.Image:
+            kept: Image.Image = plain(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+            return kept
+
+        auto_augment.posterize = posterize
+        operations = auto_augment.NAME_TO_OP
+        operations.update({name: posterize for name, operation in operations.items() if operation is plain})
+
+
 @_without_cuda
 def shim_mixup_device() -> None:
     """timm's mixup, which fine-tuning mixes labels with, puts them on CUDA unless told otherwise; no upstream tells it.
@@ -290,15 +311,15 @@ def _amp_initialize(model: nn.Module, optimizer: torch.optim.Optimizer, opt_leve
 SHIMS: dict[str, tuple[Callable[[], None], ...]] = {
     "mae": (
         shim_torch_six, shim_timm_version, shim_qk_scale, shim_numpy_aliases, shim_image_size, shim_torch_load,
-        shim_local_rank, shim_cuda_calls, shim_mixup_device,
+        shim_local_rank, shim_cuda_calls, shim_posterize, shim_mixup_device,
     ),
     "beit": (
         shim_torch_six, shim_numpy_aliases, shim_torch_load, shim_dall_e_load, shim_local_rank, shim_cuda_calls,
-        shim_loss_scale, shim_mixup_device,
+        shim_loss_scale, shim_posterize, shim_mixup_device,
     ),
     "simmim": (
         shim_torch_load_yacs, shim_required_local_rank, shim_cuda_calls, shim_cuda_only_script, shim_apex_amp,
-        shim_mixup_device,
+        shim_posterize, shim_mixup_device,
     ),
 }  # fmt: skip
 """The shims of each upstream, in the order in which they are applied."""

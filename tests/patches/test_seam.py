@@ -395,7 +395,8 @@ def watched():
         torch.load, torch.cuda.synchronize, torch.cuda.set_device, torch.amp.GradScaler.state_dict, torch.Tensor.cuda,
         nn.Module.cuda, nn.parallel.DistributedDataParallel.__init__, torch.distributed.init_process_group,
         Block.__init__, timm.__version__, sys.modules.get("torch._six"), sys.modules.get("apex"),
-        timm.data.mixup.mixup_target, vars(numpy).get("float"), vars(numpy).get("int"))] + sys.argv
+        timm.data.mixup.mixup_target, timm.data.auto_augment.NAME_TO_OP["Posterize"],
+        vars(numpy).get("float"), vars(numpy).get("int"))] + sys.argv
 seam.prepare({upstream!r})
 first = watched()
 seam.prepare({upstream!r})
@@ -485,6 +486,20 @@ images, labels = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=3)(torch.z
 print(labels.device, round(float(labels.sum()), 3))
 """
     assert shimmed(upstream, code, LOCAL_RANK="0") == ["cpu", "2.0"]
+
+
+@pytest.mark.parametrize("upstream", ["mae", "beit", "simmim"])
+def test_the_strongest_posterisation_leaves_black(upstream: str) -> None:
+    """Each operation of RandAugment that posterises, from no bit, which Pillow 13 refuses, to all."""
+    code = """
+from PIL import Image
+from timm.data import auto_augment
+image, names = Image.new("RGB", (2, 2), (255, 130, 1)), [name for name in auto_augment.NAME_TO_OP if "Posterize" in name]
+for name in names:
+    posterize = auto_augment.NAME_TO_OP[name]
+    print(*[value for bits in (0, 1, 8) for value in posterize(image, bits).getpixel((1, 1))])
+"""
+    assert shimmed(upstream, code, LOCAL_RANK="0") == 3 * ["0", "0", "0", "128", "128", "0", "255", "130", "1"]
 
 
 def test_with_a_gpu_the_cpu_shims_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
