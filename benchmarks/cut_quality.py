@@ -1,6 +1,6 @@
 """How well the graph cut finds parts that are known: planted graphs, beside scikit-learn's mixtures.
 
-    python -m benchmarks.cut_quality                                        (a quarter of an hour on one core)
+    python -m benchmarks.cut_quality                                        (about a minute on one core)
     python -m benchmarks.cut_quality --seeds 1 --graphs 4 --settings 2      (seconds)
     python -m benchmarks.cut_quality --diagnose                             what start, iterations and floor do
     python -m benchmarks.cut_quality --time                                 the whole cut beside scikit-learn's
