@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.skipped_passes import add_schedule_arguments, skipped_by_epoch, write_json
 from common.attention import attention_mode, patch_graph
 from common.evolved_mask import EvolvedMask, MaskConfig, count_masked
-from common.parts import DEFAULT_FLOOR, fit_parts, partition_parts
+from common.parts import DEFAULT_FLOOR, PartsFit, fit_parts, partition_parts
 from mae_evolved.model import MODELS, MaskedAutoencoder
 
 PROMISED = {"model": "mae_vit_base_patch16", "images": 64, "patches": 196, "parts": 40, "iterations": 15}
@@ -157,14 +157,18 @@ def sklearn_stages(work: Workload) -> dict[str, Callable[[], Any]]:
     if importlib.util.find_spec("sklearn") is None:
         return {}
     return {
-        SKLEARN_GIVEN: lambda: fit_with_sklearn(work, "given"),
-        SKLEARN_PLUS: lambda: fit_with_sklearn(work, "k-means++"),
-        SKLEARN_KMEANS: lambda: fit_with_sklearn(work, "kmeans"),
+        SKLEARN_GIVEN: lambda: fit_with_sklearn(work.start, work.iterations, "given"),
+        SKLEARN_PLUS: lambda: fit_with_sklearn(work.start, work.iterations, "k-means++"),
+        SKLEARN_KMEANS: lambda: fit_with_sklearn(work.start, work.iterations, "kmeans"),
     }
 
 
-def fit_with_sklearn(work: Workload, start: str) -> None:
+def fit_with_sklearn(started: PartsFit, iterations: int, start: str) -> None:
     """K, rows (float32), iterations and threads are those of our EM; tol = 0 lets no image stop early.
+
+    Args:
+        started: our fit before its first iteration.
+        start: "given" begins where `started` does; else what scikit-learn calls `init_params`.
 
     `reg_covar`, which keeps variances above 0 as our floor does, is added to variances, not their minimum: the work is the
     same, the parts not quite. That equal settings give equal results is tested in tests/common/test_parts.py.
@@ -173,22 +177,22 @@ def fit_with_sklearn(work: Workload, start: str) -> None:
     from sklearn.mixture import GaussianMixture
     from threadpoolctl import threadpool_limits
 
-    rows = work.start.rows.cpu().numpy()
+    rows, num_parts = started.rows.cpu().numpy(), started.means.shape[1]
     with threadpool_limits(torch.get_num_threads()), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # tol = 0 never converges
         for image, image_rows in enumerate(rows):
-            options = _start_of(work, image) if start == "given" else {"init_params": start}
+            options = _start_of(started, image) if start == "given" else {"init_params": start}
             fixed = {"covariance_type": "diag", "tol": 0.0, "reg_covar": DEFAULT_FLOOR, "random_state": 0}
-            GaussianMixture(work.num_parts, max_iter=work.iterations, **fixed, **options).fit_predict(image_rows)
+            GaussianMixture(num_parts, max_iter=iterations, **fixed, **options).fit_predict(image_rows)
 
 
-def _start_of(work: Workload, image: int) -> dict[str, Any]:
-    """Our start of one image as scikit-learn's arguments."""
-    assert work.start.covariances is not None
+def _start_of(started: PartsFit, image: int) -> dict[str, Any]:
+    """Our start of one image as scikit-learn's arguments. All three are needed: without one it runs its own k-means first."""
+    assert started.covariances is not None
     return {
-        "weights_init": work.start.weights[image].cpu().numpy(),
-        "means_init": work.start.means[image].cpu().numpy(),
-        "precisions_init": work.start.covariances[image].reciprocal().cpu().numpy(),
+        "weights_init": started.weights[image].cpu().numpy(),
+        "means_init": started.means[image].cpu().numpy(),
+        "precisions_init": started.covariances[image].reciprocal().cpu().numpy(),
     }
 
 

@@ -207,6 +207,7 @@ class EvolvedMask:
         if config is not None and options:
             raise ValueError("give either config or single options, not both")
         self.config = config or MaskConfig.from_recipe("paper", **options)
+        self.parts_options = self.config.parts_options
         self.height, self.width = grid_size
         self.num_patches = self.height * self.width
         self.num_masked, self.total_epochs = num_masked, total_epochs
@@ -271,7 +272,7 @@ class EvolvedMask:
             return MaskBatch(mask, torch.full_like(mask, -1, dtype=torch.int64), alpha, self.num_parts, mask.new_ones(batch))
         num_parts = self._jittered_parts(draws)
         part_draw = draws.uniform(Stream.PARTS, num_parts)
-        start_count = start_draws(num_parts, self.num_patches, self.config.parts_options)
+        start_count = start_draws(num_parts, self.num_patches, self.parts_options)
         start_draw = draws.draw(Stream.START, start_count, self.config.start_draw)
         skipped = self.decided_by_grid(grid_draw, part_draw)
         parts = self._parts(inputs, attention_fn, ~skipped, num_parts, start_draw)
@@ -308,7 +309,7 @@ class EvolvedMask:
                 f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
             )
         check_graph(graph, rows)  # names images by their place in the batch
-        parts[rows] = partition_parts(graph, num_parts, config.parts_options, uniforms=start_draw[rows], check_finite=False)
+        parts[rows] = partition_parts(graph, num_parts, self.parts_options, uniforms=start_draw[rows], check_finite=False)
         return parts
 
     def _raster_order(self, inputs: Tensor) -> Tensor:

@@ -512,52 +512,32 @@ def _start_uniforms(
 def _nearest_seed(rows: Tensor, num_parts: int, uniforms: Tensor, start: Start) -> Tensor:
     """Each patch goes to its nearest seed: int64 [B, N]."""
     distances = _squared_distances(rows)  # [B, N, N]
-    if start == "greedy":
-        seeds = _greedy_seeds(distances, num_parts, uniforms)
-    elif start == "kmeans++":
-        seeds = _kmeans_plus_plus(distances, num_parts, uniforms)
-    else:
-        seeds = _random_patches(rows.shape[1], uniforms)
+    random = start == "random"
+    seeds = _random_patches(rows.shape[1], uniforms) if random else _kmeans_plus_plus(distances, num_parts, uniforms)
     to_seeds = distances.gather(2, seeds[:, None].expand(-1, rows.shape[1], -1))  # [B, N, K]
     return to_seeds.argmin(dim=2)
 
 
 def _kmeans_plus_plus(distances: Tensor, num_parts: int, uniforms: Tensor) -> Tensor:
-    """k-means++ seeds (Arthur and Vassilvitskii 2007): each drawn in proportion to its squared distance.
+    """k-means++ seeds (Arthur and Vassilvitskii 2007), each the best of C candidates: int64 [B, K].
 
-    Where every patch already lies on a seed, the remaining seeds are patch 0. Returns int64 [B, K].
-    """
-    batch, patches, _ = distances.shape
-    seeds = [(uniforms[:, :1] * patches).long().clamp(max=patches - 1)]
-    closest = distances.new_full((batch, patches), math.inf)
-    for k in range(1, num_parts):
-        newest = distances.gather(1, seeds[-1][..., None].expand(-1, 1, patches))[:, 0]
-        closest = torch.minimum(closest, newest)
-        cumulative = closest.cumsum(dim=1)
-        target = uniforms[:, k : k + 1] * cumulative[:, -1:]
-        seeds.append(torch.searchsorted(cumulative, target, right=True) % patches)
-    return torch.cat(seeds, dim=1)
-
-
-def _greedy_seeds(distances: Tensor, num_parts: int, uniforms: Tensor) -> Tensor:
-    """Greedy k-means++ seeds (Arthur and Vassilvitskii 2007, the experiments' variant): int64 [B, K].
-
-    Each seed is the best of C candidates that are drawn in proportion to their squared distance from the seeds so far:
-    the one after which the squared distances to the nearest seed sum up to the least. A single candidate likes outliers,
-    which lie far from everything; the sum does not.
+    Candidates are drawn in proportion to their squared distance from the seeds so far, and the one is taken after which the
+    squared distances to the nearest seed sum up to the least. A single candidate (C = 1, the plain form) likes outliers,
+    which lie far from everything; the sum does not. Where every patch already lies on a seed, the remaining ones are patch 0.
 
     Args:
         uniforms: [B, 1 + (K - 1) * C].
     """
-    patches = distances.shape[1]
+    patches, candidates = distances.shape[1], (uniforms.shape[1] - 1) // max(num_parts - 1, 1)
     seeds = [(uniforms[:, :1] * patches).long().clamp(max=patches - 1)]
     closest = _rows_of(distances, seeds[0])[:, 0]  # [B, N], squared distance to the nearest seed
-    for targets in uniforms[:, 1:].tensor_split(num_parts - 1, dim=1) if num_parts > 1 else ():  # [B, C]
+    for k in range(num_parts - 1):
         cumulative = closest.cumsum(dim=1)
-        candidates = torch.searchsorted(cumulative, targets * cumulative[:, -1:], right=True) % patches  # [B, C]
-        left = torch.minimum(_rows_of(distances, candidates), closest[:, None])  # [B, C, N]
+        targets = uniforms[:, 1 + k * candidates : 1 + (k + 1) * candidates] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, targets, right=True) % patches  # [B, C]
+        left = torch.minimum(_rows_of(distances, drawn), closest[:, None])  # [B, C, N]
         best = left.sum(dim=2).argmin(dim=1, keepdim=True)  # [B, 1]
-        seeds.append(candidates.gather(1, best))
+        seeds.append(drawn.gather(1, best))
         closest = _rows_of(left, best)[:, 0]
     return torch.cat(seeds, dim=1)
 

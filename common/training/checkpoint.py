@@ -113,7 +113,8 @@ def check_same_settings(
         free: flags that may differ.
     """
     differs = differences(state["config"], config, free)
-    differs += differences(state["mask_config"], mask_config) if mask_config is not None else []
+    if mask_config is not None:
+        differs += states.differences(MaskConfig.completed(state["mask_config"]), asdict(mask_config), prefix="--")
     for name, value in (("effective_batch", effective_batch), ("samples", samples)):
         if state[name] != value:
             differs.append(f"{name} {state[name]} -> {value}")

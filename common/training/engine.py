@@ -110,10 +110,11 @@ def make_mask(config: TrainConfig, mask_config: MaskConfig, grid_size: tuple[int
         BadInput: a strategy, a ratio or a number of parts that does not fit the model or the grid.
     """
     height, width = grid_size
-    if not (mask_config.exact_count or config.uneven_masks):
-        raise BadInput(
-            f"--mask {mask_config.mask} may mask fewer patches in some images, which this model cannot take; use block"
-        )
+    if not config.uneven_masks:
+        try:
+            mask_config.check_even_counts()
+        except ValueError as error:
+            raise BadInput(f"--{error}") from None
     try:
         num_masked = mask_config.count_masked(grid_size, config.mask_ratio)
         return EvolvedMask(grid_size, num_masked, config.epochs, mask_config, seed=config.seed)

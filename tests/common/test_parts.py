@@ -17,7 +17,6 @@ from sklearn.mixture import GaussianMixture
 
 from common.parts import (
     PartsOptions,
-    _greedy_seeds,
     _kmeans_plus_plus,
     _lloyd,
     _random_patches,
@@ -543,7 +542,7 @@ def test_greedy_seeds_equal_plain_loops(parts, candidates):
     points = torch.randn(4, 30, 3, generator=seeded(17), dtype=torch.float64)
     distances = torch.cdist(points, points).square()
     uniforms = torch.rand(4, 1 + (parts - 1) * candidates, generator=seeded(18), dtype=torch.float64)
-    seeds = _greedy_seeds(distances, parts, uniforms)
+    seeds = _kmeans_plus_plus(distances, parts, uniforms)
     for image in range(4):
         chosen, draws = seeds[image].tolist(), uniforms[image].numpy()
         assert chosen[0] == int(draws[0] * 30)
@@ -557,7 +556,7 @@ def test_greedy_seeds_leave_less_than_plain_ones():
     points = torch.randn(1, 60, 4, generator=seeded(19)).expand(200, -1, -1)
     distances = torch.cdist(points, points).square()
     plain = _kmeans_plus_plus(distances, 8, torch.rand(200, 8, generator=seeded(20)))
-    greedy = _greedy_seeds(distances, 8, torch.rand(200, 1 + 7 * 8, generator=seeded(20)))
+    greedy = _kmeans_plus_plus(distances, 8, torch.rand(200, 1 + 7 * 8, generator=seeded(20)))
     left = [distances.gather(1, s[..., None].expand(-1, -1, 60)).amin(dim=1).sum(dim=1).mean() for s in (plain, greedy)]
     assert left[1] < 0.9 * left[0]
 
