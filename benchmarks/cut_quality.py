@@ -40,11 +40,8 @@ MIXTURES = [(init, floor) for init in ("k-means++", "kmeans") for floor in (0.01
 SKLEARN = {**{f"GaussianMixture, {init}, {floor}": (init, floor) for init, floor in MIXTURES}, "KMeans": None}
 """Columns of scikit-learn: start and smallest variance of a mixture, None for k-means."""
 
-GREEDY: dict[str, Any] = {"start": "greedy", "start_refine": 3, "iterations": 10}
-"""The options that the column "ours" has: not yet the defaults."""
-
-PLAIN: dict[str, Any] = {"start": "kmeans++", "start_refine": 0, "iterations": 15}
-"""The defaults of `--recipe paper`."""
+FORMER: dict[str, Any] = {"start": "kmeans++", "start_refine": 0, "iterations": 15}
+"""The defaults of version 0.1.0."""
 
 TOLERANCE = 0.03  # below scikit-learn's best, at most, in every row
 
@@ -111,11 +108,11 @@ Cut = Callable[[Tensor, int, int], Tensor]
 
 
 def ours(**options: Any) -> Cut:
-    """The cut of this project from the greedy start, with other options on top."""
+    """The cut of this project with its defaults, and other options on top."""
 
     def cut(graphs: Tensor, num_parts: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return fit_parts(graphs, num_parts, PartsOptions(**{**GREEDY, **options}), generator=generator).labels
+        return fit_parts(graphs, num_parts, PartsOptions(**options), generator=generator).labels
 
     return cut
 
@@ -152,7 +149,7 @@ def _each_graph(make: Callable[[int, int], Any]) -> Cut:
 def compared() -> dict[str, Cut]:
     """Every column of the table."""
     theirs = {name: sklearn_mixture(*chosen) if chosen else sklearn_kmeans() for name, chosen in SKLEARN.items()}
-    return {"ours": ours(), "recipe paper": ours(**PLAIN), **theirs}
+    return {"ours": ours(), "version 0.1.0": ours(**FORMER), **theirs}
 
 
 def diagnosed() -> dict[str, Cut]:
@@ -222,14 +219,14 @@ def judge(table: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def time_cut(images: int, grid: tuple[int, int], num_parts: int, turns: int) -> dict[str, float]:
-    """Seconds of the whole cut, of the recipe's, and of scikit-learn's mixture from our start: medians, in turns."""
+    """Seconds of the whole cut, of the former one, and of scikit-learn's mixture from our start: medians, in turns."""
     graphs, _ = plant(Planted(10, num_parts, 0.7, grid), images, 0)
-    started = fit_parts(graphs, num_parts, **{**GREEDY, "iterations": 0})
+    started = fit_parts(graphs, num_parts, iterations=0)
     cuts = {
-        "ours": lambda: fit_parts(graphs, num_parts, **GREEDY),
-        "recipe paper": lambda: fit_parts(graphs, num_parts, **PLAIN),
-        "greedy start alone": lambda: fit_parts(graphs, num_parts, **{**GREEDY, "iterations": 0}),
-        "scikit-learn, start given": lambda: fit_with_sklearn(started, GREEDY["iterations"], "given"),
+        "ours": lambda: fit_parts(graphs, num_parts),
+        "version 0.1.0": lambda: fit_parts(graphs, num_parts, **FORMER),
+        "greedy start alone": lambda: fit_parts(graphs, num_parts, iterations=0),
+        "scikit-learn, start given": lambda: fit_with_sklearn(started, PartsOptions().iterations, "given"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in cuts}
     for _ in range(turns):

@@ -59,14 +59,14 @@ class MaskConfig:
     covariance: Literal["diagonal", "spherical", "full"] = option("diagonal", "covariance of the Gaussian parts")
     covariance_floor: float = option(DEFAULT_FLOOR, "smallest variance of a part, as a share of the image's mean variance")
     kappa: float = option(40.0, "concentration of the vmf estimator")
-    iterations: int = option(15, "EM iterations")
+    iterations: int = option(10, "EM iterations (released code: 15)")
     start: Start = option(
-        "kmeans++",
-        "start of the EM: k-means++ seeds, greedy k-means++ seeds (the best of several candidates each), or random "
+        "greedy",
+        "start of the EM: greedy k-means++ seeds (the best of several candidates each), plain k-means++ seeds, or random "
         "(released code)",
     )
     start_candidates: int = option(DEFAULT_CANDIDATES, "candidates for each greedy seed")
-    start_refine: int = option(0, "k-means steps between the seeds and the EM")
+    start_refine: int = option(3, "k-means steps between the seeds and the EM")
     start_draw: Literal["image", "batch"] = option("image", "one random start an image, or one a batch (released code)")
     scaling: Literal["image", "none"] = option(
         "image", "scale the graph rows of each image before the EM, or not (released code)"
@@ -225,7 +225,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "reduction": "sum",
         "direction": "column",
         "estimator": "vmf",
+        "iterations": 15,
         "start": "random",
+        "start_refine": 0,
         "start_draw": "batch",
         "scaling": "none",
         "hard_label": "per-patch",

@@ -74,10 +74,10 @@ class PartsOptions:
     covariance: Covariance = "diagonal"
     covariance_floor: float = DEFAULT_FLOOR
     kappa: float = 40.0
-    iterations: int = 15
-    start: Start = "kmeans++"
+    iterations: int = 10
+    start: Start = "greedy"
     start_candidates: int = DEFAULT_CANDIDATES
-    start_refine: int = 0
+    start_refine: int = 3
     scaling: Scaling = "image"
     hard_label: HardLabel = "posterior"
     reseed_empty: bool = True

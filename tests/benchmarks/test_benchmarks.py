@@ -229,7 +229,7 @@ def test_cut_quality_compares_with_scikit_learn(tmp_path):
     """A small form of the table: one row of two settings, each column there, the verdict from the means."""
     numbers = cut_quality.main(["--graphs", "3", "--seeds", "2", "--settings", "1", "--json", str(tmp_path / "n.json")])
     scores = numbers["table"][0]["scores"]
-    assert set(scores) == {"ours", "recipe paper", *cut_quality.SKLEARN}
+    assert set(scores) == {"ours", "version 0.1.0", *cut_quality.SKLEARN}
     assert all(len(values) == 2 and max(values) <= 1 for values in scores.values())
     means = {name: sum(values) / 2 for name, values in scores.items()}
     assert numbers["worst_gap"] == pytest.approx(means["ours"] - max(means[name] for name in cut_quality.SKLEARN))

@@ -716,8 +716,8 @@ def test_what_an_encoder_can_mask_is_not_refused(options, even_counts):
 
 def test_a_state_from_before_an_option_goes_on():
     """An option added since counts as its value of before; with another value it is named."""
-    state = EvolvedMask((6, 6), 20, 10, num_parts=5).state_dict()
+    state = EvolvedMask((6, 6), 20, 10, num_parts=5, start_refine=0).state_dict()
     del state["config"]["start_refine"]
-    EvolvedMask((6, 6), 20, 10, num_parts=5).load_state_dict(state)
+    EvolvedMask((6, 6), 20, 10, num_parts=5, start_refine=0).load_state_dict(state)
     with pytest.raises(ValueError, match="start_refine 0 -> 3"):
-        EvolvedMask((6, 6), 20, 10, num_parts=5, start_refine=3).load_state_dict(state)
+        EvolvedMask((6, 6), 20, 10, num_parts=5).load_state_dict(state)

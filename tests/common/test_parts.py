@@ -613,14 +613,15 @@ def test_random_directions_are_isotropic():
 
 
 def test_start_draws_counts():
-    """K numbers for seeds, 2*K*D for random directions; `uniforms` of that size decide the start alone."""
-    assert start_draws(5, 20) == 5
+    """1 + (K-1)*C numbers for greedy seeds, K for plain ones, 2*K*D for directions; `uniforms` of that size decide the start."""
+    assert start_draws(5, 20) == 1 + 4 * 16
+    assert start_draws(5, 20, PartsOptions(start="kmeans++")) == 5
     assert start_draws(5, 20, PartsOptions(start="random")) == 5
-    assert start_draws(5, 20, PartsOptions(estimator="vmf")) == 5
+    assert start_draws(5, 20, PartsOptions(estimator="vmf", start="kmeans++")) == 5
     assert start_draws(5, 20, PartsOptions(estimator="vmf", start="random")) == 200
     assert start_draws(5, 20, PartsOptions(start="greedy", start_candidates=7)) == 1 + 4 * 7
     assert start_draws(1, 20, PartsOptions(start="greedy")) == 1
-    uniforms = torch.rand(2, 5, generator=seeded(16))
+    uniforms = torch.rand(2, 65, generator=seeded(16))
     drawn = partition_parts(BASE, 5, generator=seeded(16))
     assert torch.equal(partition_parts(BASE, 5, uniforms=uniforms, generator=seeded(99)), drawn)
 
