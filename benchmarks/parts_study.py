@@ -70,10 +70,9 @@ def pretrain(out: Path, method: str, mask: str, seed: int, epochs: int) -> float
     start = time.perf_counter()
     chosen, folder = _METHODS[method], out / run_name(method, mask, seed)
     tokenizer = f"--tokenizer {out / 'tokenizer'}" if method == "beit" else ""
-    flags = (
-        f"{_COMMON} {chosen.flags} {tokenizer} --model {chosen.model} --mask {mask} --seed {seed} "
-        f"--data_path {out}/scenes/imagenet --epochs {epochs} --warmup_epochs {epochs / 20} --save_freq {max(epochs // AGES, 1)} --output_dir {folder}"
-    )
+    run = f"--model {chosen.model} --mask {mask} --seed {seed} --data_path {out}/scenes/imagenet --output_dir {folder}"
+    length = f"--epochs {epochs} --warmup_epochs {epochs / 20} --save_freq {max(epochs // AGES, 1)}"
+    flags = f"{_COMMON} {chosen.flags} {tokenizer} {run} {length}"
     if not (folder / "result.json").exists():
         with _console(out / f"{folder.name}.txt"):
             chosen.main(flags.split())
