@@ -40,7 +40,7 @@ MIXTURES = [(init, floor) for init in ("k-means++", "kmeans") for floor in (0.01
 SKLEARN = {**{f"GaussianMixture, {init}, {floor}": (init, floor) for init, floor in MIXTURES}, "KMeans": None}
 """Columns of scikit-learn: start and smallest variance of a mixture, None for k-means."""
 
-FORMER: dict[str, Any] = {"start": "kmeans++", "start_refine": 0, "iterations": 15}
+FORMER: dict[str, Any] = {"start": "kmeans++", "start_refine": 0, "iterations": 15, "covariance_floor": 0.1}
 """The defaults of version 0.1.0."""
 
 TOLERANCE = 0.03  # below scikit-learn's best, at most, in every row
@@ -166,7 +166,8 @@ def diagnosed() -> dict[str, Cut]:
         "40 iterations": ours(iterations=40),
         "floor 1e-6": ours(covariance_floor=1e-6),
         "floor 0.01": ours(covariance_floor=0.01),
-        "floor 0.3": ours(covariance_floor=0.3),
+        "floor 0.1": ours(covariance_floor=0.1),
+        "floor 1": ours(covariance_floor=1.0),
         "spherical": ours(covariance="spherical"),
         "vmf": ours(estimator="vmf"),
         "1 candidate": ours(start_candidates=1),

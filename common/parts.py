@@ -31,7 +31,7 @@ _WORDS = {
     "hard_label": get_args(HardLabel),
 }
 
-DEFAULT_FLOOR = 0.1
+DEFAULT_FLOOR = 0.3
 """Smallest variance of a part, as a share of the image's mean variance. docs/method.md says how it was chosen."""
 
 DEFAULT_CANDIDATES = 16

@@ -228,7 +228,7 @@ def golden(recipe, strategy, ids):
     return digest(*tensors, maker.generator.get_state())
 
 
-FIRST_CUT = {"start": "kmeans++", "start_refine": 0, "iterations": 15}
+FIRST_CUT = {"start": "kmeans++", "start_refine": 0, "iterations": 15, "covariance_floor": 0.1}
 """What the recipe `paper` cut with in version 0.1.0."""
 
 GOLDEN = {
