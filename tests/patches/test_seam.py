@@ -120,7 +120,7 @@ def attached(model: nn.Module, flags: str = "", upstream: str = "mae", **more: A
 @pytest.mark.parametrize("layers", ["all", "last", [0]])
 def test_attention_of_a_timm_encoder_is_that_of_our_trainer(mae: LikeMAE, images: Tensor, layers: Any, values: Any) -> None:
     ours = list(mae.attention_maps(images, layers, values))
-    streamed = list(seam.attention_maps(mae, images, layers, values))
+    streamed = list(seam.encoder_signal(mae, images, "attention", layers, values))
     assert len(streamed) == len(ours)
     for attention, expected in zip(streamed, ours, strict=True):
         torch.testing.assert_close(attention, expected, rtol=1e-5, atol=1e-6)
@@ -129,8 +129,8 @@ def test_attention_of_a_timm_encoder_is_that_of_our_trainer(mae: LikeMAE, images
 def test_shared_bias_is_in_the_attention_and_not_in_the_scores(images: Tensor) -> None:
     torch.manual_seed(0)
     encoder = LikeBEiT()
-    scores = list(seam.attention_maps(encoder, images, "all", "scores"))
-    softmax = list(seam.attention_maps(encoder, images, "all", "softmax"))
+    scores = list(seam.encoder_signal(encoder, images, "attention", "all", "scores"))
+    softmax = list(seam.encoder_signal(encoder, images, "attention", "all", "softmax"))
     assert len(scores) == len(softmax) == 2
     for score, attention in zip(scores, softmax, strict=True):
         torch.testing.assert_close((score + encoder.table).softmax(dim=-1), attention)
@@ -183,13 +183,13 @@ def test_gradients_survive_autocast_around_the_mask(mae: LikeMAE, images: Tensor
     """Autocast keeps the weights that it cast; those cast without gradient must not reach the training pass."""
     attached(mae, "--mask part")
     set_epoch(mae, 2)
-    plain, during = seam.attention_maps, []
+    plain, during = seam.encoder_signal, []
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **named: Any) -> Any:
         during.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(), torch.is_grad_enabled()))
-        return plain(*args)
+        return plain(*args, **named)
 
-    monkeypatch.setattr(seam, "attention_maps", watched)
+    monkeypatch.setattr(seam, "encoder_signal", watched)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latent, _, _ = mae.forward_encoder(images, 0.75)
         loss = latent.float().square().sum()
