@@ -356,3 +356,45 @@ def test_a_state_from_before_the_signals_goes_on():
     EvolvedMask((6, 6), 20, 10, num_parts=5).load_state_dict(state)
     with pytest.raises(ValueError, match="graph 'attention' -> 'keys'"):
         EvolvedMask((6, 6), 20, 10, num_parts=5, graph="keys").load_state_dict(state)
+
+
+# --- Without what depends on the place ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": "concat"}, {"heads": "concat", "similarity": "vectors"}])
+def test_what_depends_on_the_place_is_taken_out(options):
+    """A vector added to a position in every image changes the graph, but not with remove_position (seeds 10, 11)."""
+    keys, places = torch.randn(5, 3, 7, 4, generator=seeded(10)), 3 * torch.randn(1, 3, 7, 4, generator=seeded(11))
+    plain = signal_graph(keys, "keys", remove_position=True, **options)
+    torch.testing.assert_close(signal_graph(keys + places, "keys", remove_position=True, **options), plain, rtol=1e-4, atol=1e-5)
+    by_hand = signal_graph(keys - keys.mean(dim=0), "keys", **options)
+    torch.testing.assert_close(plain, by_hand, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(signal_graph(keys + places, "keys", **options), plain, atol=0.1)
+
+
+def test_a_batch_of_one_keeps_its_positions():
+    """The mean over one image is that image: nothing would be left of it."""
+    tokens = torch.randn(1, 7, 4, generator=seeded(12))
+    assert torch.equal(signal_graph(tokens, "tokens", remove_position=True), signal_graph(tokens, "tokens"))
+
+
+def test_removed_positions_tie_an_image_to_its_batch():
+    """The promise that is given up: parts of an image depend on the rows that get a pass with it, and on those alone."""
+    tokens = torch.randn(24, 10, 6, generator=seeded(13)) + 4 * torch.randn(1, 10, 6, generator=seeded(14))
+    ids = torch.arange(24)
+
+    def made(rows, **options):
+        maker = EvolvedMask((3, 3), 6, 10, graph="tokens", num_parts=3, **options)
+        maker.set_epoch(5)
+        return maker(rows, lambda part: tokens[part], ids[rows])
+
+    for removed in (False, True):
+        whole, half = (
+            made(ids, mask="part", remove_position=removed).parts,
+            made(ids[:12], mask="part", remove_position=removed).parts,
+        )
+        assert torch.equal(whole[:12], half) is not removed
+    quick = made(ids, remove_position=True)
+    rows = (~quick.skipped).nonzero()[:, 0]
+    assert 0 < len(rows) < 24
+    assert torch.equal(quick.parts[rows], made(rows, remove_position=True, shortcut=False).parts)
