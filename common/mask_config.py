@@ -113,7 +113,9 @@ class MaskConfig:
     attention_mode: Literal["eval", "train"] = option(
         "eval", "attention pass with dropout and drop-path off, or on (released code)"
     )
-    shortcut: bool = option(True, "skip the attention pass of images whose mask the grid alone decides; masks are the same")
+    shortcut: bool = option(
+        True, "skip the attention pass of images whose mask the grid alone decides; masks are the same, but for remove_position"
+    )
 
     def __post_init__(self) -> None:
         for name, words in WORDS.items():
