@@ -27,13 +27,15 @@ if TYPE_CHECKING:
     from .mask_config import MaskConfig
     from .masks import check_mask, count_masked, mae_ids, pixel_mask
     from .parts import PartsFit, PartsOptions, fit_parts, partition_parts
+    from .signals import signal_graph, stream_signal
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "PartsOptions", "__version__", "alpha_at",
     "attention_mode", "blend", "check_mask", "choose_layers", "count_masked", "fit_parts", "grid_probability", "mae_ids",
-    "num_parts_at", "part_probability", "partition_parts", "patch_graph", "pixel_mask", "select_masked", "stream_attention",
+    "num_parts_at", "part_probability", "partition_parts", "patch_graph", "pixel_mask", "select_masked", "signal_graph",
+    "stream_attention", "stream_signal",
 ]  # fmt: skip
 
 _MODULES = {"check_mask": "masks", "mae_ids": "masks", "pixel_mask": "masks"}

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .heads import Heads, best_heads, cosine_similarity, head_scores, take_heads
+
 Layers = Literal["all", "last"] | Sequence[int]
 Values = Literal["softmax", "scores"]
 Direction = Literal["row", "column", "symmetric"]
@@ -226,7 +228,7 @@ def patch_graph(
     attention: Tensor | Iterable[Tensor],
     num_prefix_tokens: int = 1,
     direction: Direction = "row",
-    heads: Literal["mean", "concat"] = "mean",
+    heads: Heads = "mean",
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """Patch graph from attention maps (Eq. 7): prefix tokens dropped, negative values cut to 0, heads and blocks averaged.
@@ -239,11 +241,12 @@ def patch_graph(
         num_prefix_tokens: P, tokens before the patches (1 for a class token).
         direction: what describes patch i. "row": what it attends to (the paper's phi_i = w_i); "column": how
             much each patch attends to it; "symmetric": the mean of both.
-        heads: "mean" averages them; "concat" keeps them side by side.
+        heads: "mean" averages them; "concat" keeps them side by side; "select" averages those of each image and block
+            that separate groups of patches best (heads.py).
         reduction: "mean" over blocks (and heads), or "sum" of all of them as in the authors' released code.
 
     Returns:
-        float32 [B, N, N] for heads "mean", [B, N, h*N] for "concat"; weights w_ij >= 0.
+        float32 [B, N, N] for heads "mean" and "select", [B, N, h*N] for "concat"; weights w_ij >= 0.
 
     Raises:
         ValueError: a map of another shape, no map at all, or an unknown direction.
@@ -251,7 +254,9 @@ def patch_graph(
     total, blocks = None, 0
     for block_map in [attention] if isinstance(attention, Tensor) else attention:
         edges = _patch_edges(block_map, num_prefix_tokens)
-        if heads == "mean":
+        if heads == "select":
+            edges = take_heads(edges, best_heads(head_scores(cosine_similarity(_directed(edges, direction)))))
+        if heads != "concat":
             edges = edges.sum(dim=1, keepdim=True) if reduction == "sum" else edges.mean(dim=1, keepdim=True)
         total = edges if total is None else total.add_(edges)
         blocks += 1

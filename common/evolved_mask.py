@@ -13,8 +13,8 @@
 
 Each equation is one function, and EvolvedMask calls these functions and no others. What is random in one is decided by
 `uniforms`, numbers in [0, 1) that the caller hands in, or is drawn from `generator`; the results lie where the tensors
-lie, whatever the generator's device. Eq. 7 is in attention.py, Eq. 10-16 in parts.py, the strategies of other papers
-in masks.py, every option in mask_config.py.
+lie, whatever the generator's device. Eq. 7 is in attention.py, other signals than attention in signals.py, Eq. 10-16
+in parts.py, the strategies of other papers in masks.py, every option in mask_config.py.
 
 B batch (images)   H, W patch grid   N = H*W patches   K parts   h heads   m masked patches   T epochs
 """
@@ -34,16 +34,20 @@ from .draws import Draws, Stream, batch_draws, uniform_numbers
 from .mask_config import MaskConfig
 from .masks import RULES, MaskShape, count_masked, decided_by_grid, grid_classes
 from .parts import PartsFit, PartsOptions, check_graph, fit_parts, partition_parts, start_draws
+from .signals import signal_graph, stream_signal
 from .states import differences
 
 __all__ = [
     "AttentionFn", "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "PartsOptions", "alpha_at",
     "attention_mode", "blend", "check_for_encoder", "choose_layers", "count_masked", "fit_parts", "grid_probability",
-    "num_parts_at", "part_probability", "partition_parts", "patch_graph", "select_masked", "stream_attention",
+    "num_parts_at", "part_probability", "partition_parts", "patch_graph", "select_masked", "signal_graph", "stream_attention",
+    "stream_signal",
 ]  # fmt: skip
 
 AttentionFn = Callable[[Tensor], "Tensor | Iterable[Tensor]"]
-"""Inputs of some images -> their attention: [b, h, 1+N, 1+N], or an iterable of such tensors, one a block."""
+"""Inputs of some images -> their attention: [b, h, 1+N, 1+N], or an iterable of such tensors, one a block.
+
+With another `graph` than attention: that signal, tokens [b, 1+N, D], or queries, keys or values [b, h, 1+N, d]."""
 
 
 # --- The schedule: how far the masks have evolved (Eq. 4, Sec. 4.1) ---------------------------------------------
@@ -81,7 +85,8 @@ def _check_epoch(epoch: float, total_epochs: int) -> None:
         raise ValueError(f"epoch must be between 0 and total_epochs, got epoch {epoch} of {total_epochs}")
 
 
-# --- Attention -> graph -> parts: `patch_graph` (Eq. 7, attention.py), `partition_parts` (Eq. 10-16, parts.py) ----
+# --- Attention -> graph -> parts: `patch_graph` (Eq. 7, attention.py; `signal_graph`, signals.py, calls it and has the other
+#     signals), `partition_parts` (Eq. 10-16, parts.py) ----------------------------------------------------------
 
 
 # --- Two probabilities for every patch (Eq. 6, 17, 18), and their blend (Eq. 5) ---------------------------------
@@ -255,9 +260,11 @@ class EvolvedMask:
         Args:
             inputs: any tensor with the batch first; only `inputs[rows]` is handed to `attention_fn`.
             attention_fn: gives the attention of those rows: [b, h, 1+N, 1+N], or an iterable of such tensors,
-                one a block, reduced as they come. Only strategies that use attention call it.
+                one a block, reduced as they come; with another `graph`, that signal (signals.py). Only strategies that
+                use attention call it.
             sample_ids: int64 [B], index of each image in the data set. With it every draw of an image depends on
-                (seed, epoch, sample id) alone; without it draws come from this object's generator.
+                (seed, epoch, sample id) alone; without it draws come from this object's generator. Under
+                `remove_position` the parts of an image depend on the other rows handed to `attention_fn` all the same.
         """
         batch, alpha, draws = len(inputs), self.alpha, batch_draws(inputs, self.seed, self.epoch, sample_ids, self.generator)
         grid_draw = draws.draw(Stream.GRID, 4, self.config.grid_draw)
@@ -300,12 +307,12 @@ class EvolvedMask:
             return parts
         if attention_fn is None:
             raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
-        attention = attention_fn(inputs if len(rows) == len(inputs) else inputs[rows])
-        config = self.config
-        graph = patch_graph(attention, self.num_prefix_tokens, config.direction, config.heads, config.reduction)
+        signal = attention_fn(inputs if len(rows) == len(inputs) else inputs[rows])
+        graph = signal_graph(signal, self.config.graph, self.num_prefix_tokens, **self.config.graph_options)
         if graph.shape[1] != self.num_patches:
+            read = "attention has" if self.config.graph == "attention" else f"{self.config.graph} have"
             raise ValueError(
-                f"the attention has {graph.shape[1]} patch tokens, "
+                f"the {read} {graph.shape[1]} patch tokens, "
                 f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
             )
         check_graph(graph, rows)  # names images by their place in the batch

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .heads import Heads
 from .masks import RULES, count_masked, count_masked_units
 from .parts import DEFAULT_CANDIDATES, DEFAULT_FLOOR, PartsOptions, Start
+from .signals import Graph, Similarity
 
 Strategy = Literal["evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official", "official"]
 
@@ -46,8 +48,27 @@ class MaskConfig:
     parts_end: int = option(10, "number of parts K at the last epoch")
     parts_rounding: Literal["nearest", "down"] = option("nearest", "rounding of the scheduled K (released code: down)")
     parts_jitter: int = option(0, "add 0..J to K, drawn for each batch (released code: 2)")
-    layers: str = option("all", "blocks whose attention makes the graph: all, last, or indices such as 0,5,11")
-    heads: Literal["mean", "concat"] = option("mean", "average the heads, or keep them side by side")
+    graph: Graph = option(
+        "attention",
+        "what makes the graph: attention of the encoder (Eq. 7), or the tokens that its blocks give, or their queries, keys or "
+        "values, whose pass ends earlier and makes no attention maps",
+    )
+    similarity: Similarity = option(
+        "cosine",
+        "graph rows of tokens, queries, keys or values: the cosine similarity of a patch with all patches, or the vectors "
+        "themselves; both without the mean over the image",
+    )
+    remove_position: bool = option(
+        False,
+        "take the mean over the batch at each position out of tokens, queries, keys or values. An image's mask then depends "
+        "on the batch it is in, and so on ranks, batch size and shortcut; a batch of one image is left as it is",
+    )
+    layers: str = option("all", "blocks that make the graph: all, last, or indices such as 0,5,11")
+    heads: Heads = option(
+        "mean",
+        "average the heads, keep them side by side, or average those of each image and block that separate groups of patches "
+        "best (docs/method.md)",
+    )
     reduction: Literal["mean", "sum"] = option("mean", "mean over blocks and heads, or their sum (released code)")
     attention_values: Literal["softmax", "scores"] = option(
         "softmax", "attention after the softmax, or the scores before it with negative ones cut to 0"
@@ -92,7 +113,9 @@ class MaskConfig:
     attention_mode: Literal["eval", "train"] = option(
         "eval", "attention pass with dropout and drop-path off, or on (released code)"
     )
-    shortcut: bool = option(True, "skip the attention pass of images whose mask the grid alone decides; masks are the same")
+    shortcut: bool = option(
+        True, "skip the attention pass of images whose mask the grid alone decides; masks are the same, but for remove_position"
+    )
 
     def __post_init__(self) -> None:
         for name, words in WORDS.items():
@@ -112,8 +135,7 @@ class MaskConfig:
         self._check("start_candidates", self.start_candidates >= 1, "must be 1 or more")
         self._check("start_refine", self.start_refine >= 0, "must be 0 or more")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")
-        directions = (self.estimator, self.start, self.heads) == ("vmf", "random", "concat")
-        self._check("heads", not directions, "must be mean with random directions (estimator vmf, start random)")
+        self._check_graph()
         self._check("layers", self._layers_readable(), "must be 'all', 'last' or block indices such as 0,5,11")
 
     @classmethod
@@ -149,6 +171,16 @@ class MaskConfig:
     def parts_options(self) -> PartsOptions:
         """The options of the graph cut among these."""
         return PartsOptions(**{option.name: getattr(self, option.name) for option in fields(PartsOptions)})
+
+    @property
+    def graph_options(self) -> dict[str, Any]:
+        """The options of the graph's rows as `signal_graph` takes them."""
+        return {name: getattr(self, name) for name in GRAPH_OPTIONS}
+
+    @property
+    def signal(self) -> dict[str, Any]:
+        """What is read from the encoder, as `stream_signal` takes it."""
+        return {"graph": self.graph, "layers": self.chosen_layers, "values": self.attention_values}
 
     @property
     def chosen_layers(self) -> Literal["all", "last"] | list[int]:
@@ -192,6 +224,23 @@ class MaskConfig:
             return count_masked_units(*grid_size, mask_ratio, self.mask_unit)
         return count_masked(grid_size[0] * grid_size[1], mask_ratio)
 
+    def _check_graph(self) -> None:
+        """Refuses what means nothing together, and what nothing would read."""
+        attention, vectors = self.graph == "attention", self.similarity == "vectors"
+        self._check("similarity", not (attention and vectors), "must be cosine with graph attention, which has no vectors")
+        self._check("remove_position", not (attention and self.remove_position), "must be off with graph attention")
+        for name, only in (("attention_values", "softmax"), ("direction", "row")):
+            self._check(name, attention or getattr(self, name) == only, f"must be {only} with graph {self.graph}")
+        self._check("reduction", not (vectors and self.reduction == "sum"), "must be mean with similarity vectors")
+        if self.graph == "tokens":
+            self._check("heads", self.heads == "mean", "must be mean with graph tokens, which have none")
+        elif vectors:
+            self._check("heads", self.heads != "mean", "must be concat or select with similarity vectors: bases of heads differ")
+        if (self.estimator, self.start) == ("vmf", "random"):  # random directions are drawn for rows of N features
+            random = "random directions (estimator vmf, start random)"
+            self._check("heads", not (attention and self.heads == "concat"), f"must be mean or select with {random}")
+            self._check("similarity", not vectors, f"must be cosine with {random}")
+
     def _layers_readable(self) -> bool:
         try:
             return bool(self.chosen_layers)
@@ -208,7 +257,16 @@ def _words() -> dict[str, tuple[str, ...]]:
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
-ADDED: dict[str, Any] = {"start_candidates": 16, "start_refine": 0}
+GRAPH_OPTIONS = ("similarity", "heads", "direction", "reduction", "remove_position")
+"""Options that decide how a signal becomes graph rows."""
+
+ADDED: dict[str, Any] = {
+    "start_candidates": 16,
+    "start_refine": 0,
+    "graph": "attention",
+    "similarity": "cosine",
+    "remove_position": False,
+}
 """Options that states of version 0.1.0 may lack, with the values under which masks are what they were without them."""
 
 WORDS: dict[str, tuple[str, ...]] = _words()

@@ -16,13 +16,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.attention import Layers, Values, stream_attention
+from common.attention import Layers, Values
 from common.masks import mae_ids
 from common.models.block import Attention, Block, LayerNorm
 from common.models.initialisation import reset_as_mae
 from common.models.names import patch_grid
 from common.models.positions import sincos_positions
 from common.models.timm_layers import PatchEmbed
+from common.signals import Graph, stream_signal
 
 ENCODER_FREE_PREFIXES = ("decoder_", "mask_token")
 """State-dict keys that an encoder-only checkpoint lacks begin with one of these."""
@@ -116,7 +117,13 @@ class MaskedAutoencoder(nn.Module):
 
     def attention_maps(self, images: Tensor, layers: Layers = "all", values: Values = "softmax") -> Iterator[Tensor]:
         """Attention of the encoder on whole images, one [B, heads, 1+N, 1+N] a block, as the blocks run."""
-        return stream_attention(self.blocks, self.with_class_token(self.embed(images)), layers, values)
+        return self.signal(images, "attention", layers, values)
+
+    def signal(
+        self, images: Tensor, graph: Graph = "attention", layers: Layers = "all", values: Values = "softmax"
+    ) -> Iterator[Tensor]:
+        """Attention, tokens, queries, keys or values of the encoder on whole images; see :func:`stream_signal`."""
+        return stream_signal(self.blocks, self.with_class_token(self.embed(images)), graph, layers, values)
 
     # --- decoder ---
 

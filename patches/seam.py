@@ -38,13 +38,14 @@ from timm.models.registry import register_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.attention import Layers, Values, attention_mode, choose_layers, stream_attention
+from common.attention import Layers, Values, attention_mode, choose_layers
 from common.draws import Stream, hash_seed
 from common.evolved_mask import EvolvedMask, check_for_encoder
 from common.flags import add_mask_flags, mask_config_from, mask_options
 from common.mask_config import MaskConfig
 from common.masks import count_masked, mae_ids
 from common.moving_average import EncoderEMA
+from common.signals import Graph, qkv_bias, stream_signal
 from patches.shims import SHIMS
 
 CALLS = (
@@ -269,9 +270,7 @@ class PatchedRun:
         """Masks of a batch: bool [B, N]."""
         config, source = self.mask.config, self.ema.model if self.ema is not None else encoder
         with attention_mode(source, config.attention_mode), self._precision(images):
-            return self.mask(
-                images, lambda rows: attention_maps(source, rows, config.chosen_layers, config.attention_values)
-            ).mask
+            return self.mask(images, lambda rows: encoder_signal(source, rows, **config.signal)).mask
 
     def _precision(self, images: Tensor) -> torch.autocast:
         """Autocast of the attention pass, without its cache.
@@ -396,7 +395,7 @@ def _checked_flags(call: Callable[[], Any]) -> Any:
         _refuse(f"--{error}")
 
 
-# --- Attention of the official encoders --------------------------------------------------------------------------
+# --- Signal of the official encoders -----------------------------------------------------------------------------
 
 
 def encoder_of(model: nn.Module) -> Any:
@@ -410,8 +409,10 @@ def _grid_size(patch_embed: Any) -> tuple[int, int]:
     return height // down, width // across
 
 
-def attention_maps(encoder: Any, images: Tensor, layers: Layers = "all", values: Values = "softmax") -> Iterable[Tensor]:
-    """Attention of an official encoder on whole images, nothing masked: one [B, h, T, T] for each chosen block.
+def encoder_signal(
+    encoder: Any, images: Tensor, graph: Graph = "attention", layers: Layers = "all", values: Values = "softmax"
+) -> Iterable[Tensor]:
+    """Signal of an official encoder on whole images, nothing masked: one tensor for each chosen block, see `stream_signal`.
 
     Position embeddings are added where the model has them, the shared relative position bias likewise.
     """
@@ -421,9 +422,9 @@ def attention_maps(encoder: Any, images: Tensor, layers: Layers = "all", values:
         tokens = tokens + encoder.pos_embed
     shared_bias = getattr(encoder, "rel_pos_bias", None)
     inputs = {} if shared_bias is None else {"rel_pos_bias": shared_bias()}
-    if values == "scores":
+    if graph == "attention" and values == "scores":
         return _stream_scores(encoder.blocks, tokens, layers, inputs)
-    return stream_attention(encoder.blocks, tokens, layers, values, **inputs)
+    return stream_signal(encoder.blocks, tokens, graph, layers, values, **inputs)
 
 
 def _stream_scores(blocks: Iterable[Any], tokens: Tensor, layers: Layers, inputs: dict[str, Tensor]) -> Iterator[Tensor]:
@@ -443,10 +444,7 @@ def _stream_scores(blocks: Iterable[Any], tokens: Tensor, layers: Layers, inputs
 
 def _scores(attention: Any, tokens: Tensor) -> Tensor:
     """[B, T, D] -> [B, h, T, T]."""
-    bias = attention.qkv.bias
-    if getattr(attention, "q_bias", None) is not None:
-        bias = torch.cat([attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias])
-    joined = functional.linear(tokens, attention.qkv.weight, bias)
+    joined = functional.linear(tokens, attention.qkv.weight, qkv_bias(attention))
     query, key, _ = joined.reshape(*tokens.shape[:2], 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     return query @ key.transpose(-2, -1) * attention.scale
 

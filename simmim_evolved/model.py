@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common.attention import Layers, Values
 from common.masks import pixel_mask
 from common.models.mask_token_encoder import MaskTokenEncoder
+from common.signals import Graph
 
 
 class SimMIM(nn.Module):
@@ -41,6 +42,12 @@ class SimMIM(nn.Module):
     def attention_maps(self, images: Tensor, layers: Layers = "all", values: Values = "softmax") -> Iterator[Tensor]:
         """Attention of the encoder on whole images, one [B, h, 1+N, 1+N] a block."""
         return self.encoder.attention_maps(images, layers, values)
+
+    def signal(
+        self, images: Tensor, graph: Graph = "attention", layers: Layers = "all", values: Values = "softmax"
+    ) -> Iterator[Tensor]:
+        """Attention, tokens, queries, keys or values of the encoder on whole images; see :func:`stream_signal`."""
+        return self.encoder.signal(images, graph, layers, values)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """Predicted pixels of all patches: [B, 3, P, Q]."""

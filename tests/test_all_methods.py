@@ -88,6 +88,27 @@ def test_loss_falls_with_every_mask(run: Callable[..., Path], method: str, mask:
     assert float(str(log[-1]["train_loss"])) < float(str(log[0]["train_loss"]))
 
 
+SIGNALS = {
+    "attention": "--heads select",
+    "tokens": "--similarity vectors --layers 1",
+    "queries": "--layers last",
+    "keys": "--heads select --remove_position",
+    "values": "--similarity vectors --heads concat --layers 0,2",
+}
+
+
+@pytest.mark.parametrize("method", MAINS)
+def test_masks_of_every_signal_train(run: Callable[..., Path], method: str) -> None:
+    """Four updates with each; the first epoch's losses differ, since the masks do."""
+    losses = {}
+    for graph, more in SIGNALS.items():
+        (line,) = read_log(run(method, graph, f"--mask part --epochs 1 --graph {graph} {more}"))
+        assert line["skipped_attention"] == 0.0
+        losses[graph] = line["train_loss"]
+    assert len(set(losses.values())) == len(SIGNALS)
+    assert all(0 < float(str(loss)) < 100 for loss in losses.values())
+
+
 def test_two_processes_equal_one(image_folder: Path, tmp_path: Path) -> None:
     """All three: loss of each step to 1e-5, and the same mask for each image whatever rank drew it.
 

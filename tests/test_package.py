@@ -21,12 +21,14 @@ from common.evolved_mask import EvolvedMask
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = (
-    "__init__", "attention", "draws", "evolved_mask", "flags", "mask_config", "masks", "moving_average", "parts", "states",
+    "__init__", "attention", "draws", "evolved_mask", "flags", "heads", "mask_config", "masks", "moving_average", "parts",
+    "signals", "states",
 )  # fmt: skip
 STABLE = (
     "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "PartsOptions", "alpha_at", "attention_mode", "blend",
     "check_mask", "choose_layers", "count_masked", "fit_parts", "grid_probability", "mae_ids", "num_parts_at", "part_probability",
-    "partition_parts", "patch_graph", "pixel_mask", "select_masked", "stream_attention",
+    "partition_parts", "patch_graph", "pixel_mask", "select_masked", "signal_graph",
+    "stream_attention", "stream_signal",
 )  # fmt: skip
 ABSENT = ("common", "patches", "slurm", "mae_evolved", "downstream", "timm", "torchvision", "tensorboard", "numpy", "submitit")
 

@@ -48,13 +48,15 @@ def test_make_targets_of_the_readme_exist() -> None:
 
 METHOD = {
     "draws": set(),
-    "attention": set(),
+    "heads": set(),
+    "attention": {".heads"},
+    "signals": {".attention", ".heads"},
     "states": set(),
     "moving_average": set(),
     "parts": {".draws"},
     "masks": {".draws"},
-    "mask_config": {".masks", ".parts"},
-    "evolved_mask": {".attention", ".draws", ".mask_config", ".masks", ".parts", ".states"},
+    "mask_config": {".heads", ".masks", ".parts", ".signals"},
+    "evolved_mask": {".attention", ".draws", ".mask_config", ".masks", ".parts", ".signals", ".states"},
 }
 """The files of the method, and what each may import of the others. Flags of a command line are beside it, not in it."""
 

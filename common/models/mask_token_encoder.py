@@ -13,12 +13,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from common.attention import Layers, Values, stream_attention
+from common.attention import Layers, Values
 from common.models.block import Attention, Block, LayerNorm
 from common.models.initialisation import reset_as_beit
 from common.models.names import patch_grid
 from common.models.relative_position import RelativePositionBias
 from common.models.timm_layers import PatchEmbed
+from common.signals import Graph, stream_signal
 
 
 class MaskTokenEncoder(nn.Module):
@@ -81,6 +82,13 @@ class MaskTokenEncoder(nn.Module):
 
     def attention_maps(self, images: Tensor, layers: Layers = "all", values: Values = "softmax") -> Iterator[Tensor]:
         """Attention on whole images, one [B, h, T, T] a block, as the blocks run; scores too hold the position bias."""
+        return self.signal(images, "attention", layers, values)
+
+    def signal(
+        self, images: Tensor, graph: Graph = "attention", layers: Layers = "all", values: Values = "softmax"
+    ) -> Iterator[Tensor]:
+        """Attention, tokens, queries, keys or values on whole images; see :func:`stream_signal`."""
         bias = self.rel_pos_bias()
-        for attention in stream_attention(self.blocks, self.embed(images), layers, values, position_bias=bias):
-            yield attention if values == "softmax" else attention + bias
+        scores = graph == "attention" and values == "scores"
+        for block_signal in stream_signal(self.blocks, self.embed(images), graph, layers, values, position_bias=bias):
+            yield block_signal + bias if scores else block_signal

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common.attention import Layers, Values, attention_mode
 from common.evolved_mask import AttentionFn, EvolvedMask, MaskBatch
 from common.mask_config import MaskConfig
+from common.signals import Graph
 from common.training.checkpoint import check_same_run, load_weights
 from common.training.config import TrainConfig
 from common.training.data import Batch, RankBatches, Samples, Transform, denormalise
@@ -39,8 +40,10 @@ class AttentionSource(Protocol):
     grid_size: tuple[int, int]
     num_prefix_tokens: int
 
-    def attention_maps(self, images: Tensor, layers: Layers = "all", values: Values = "softmax") -> Iterable[Tensor]:
-        """Attention of the encoder on whole images, one [B, heads, T, T] a block."""
+    def signal(
+        self, images: Tensor, graph: Graph = "attention", layers: Layers = "all", values: Values = "softmax"
+    ) -> Iterable[Tensor]:
+        """What the graph is made from, of whole images, one tensor a block; see :func:`common.signals.stream_signal`."""
         ...
 
 
@@ -207,11 +210,10 @@ class PretrainingTask(Task):
 
     @contextlib.contextmanager
     def _attention_pass(self) -> Iterator[AttentionFn]:
-        """Attention of the encoder that the masks are made from, in the mode and precision of the attention pass."""
+        """Signal of the encoder that the masks are made from, in the mode and precision of the attention pass."""
         source: Any = self.ema.model if self.ema is not None else self.model
-        layers, values = self.mask_config.chosen_layers, self.mask_config.attention_values
         with attention_mode(source, self.mask_config.attention_mode), self.run.autocast():
-            yield lambda images: source.attention_maps(images, layers, values)
+            yield lambda images: source.signal(images, **self.mask_config.signal)
 
     # --- ends ---
 

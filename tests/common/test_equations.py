@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import evolved_mask, parts
+from common import evolved_mask, parts, signals
 from common.draws import Stream, hash_uniform, uniform_numbers
 from common.evolved_mask import (
     EvolvedMask,
@@ -64,7 +64,7 @@ def recorded(monkeypatch):
     """Each equation by name, recorded in the file in which EvolvedMask looks it up."""
     recorders = {name: Recorder(getattr(evolved_mask, name)) for name in EQUATIONS}
     for name, recorder in recorders.items():
-        monkeypatch.setattr(evolved_mask, name, recorder)
+        monkeypatch.setattr(signals if name == "patch_graph" else evolved_mask, name, recorder)
     return recorders
 
 

@@ -27,6 +27,9 @@ PAPER = {
     "parts_end": 10,
     "parts_rounding": "nearest",
     "parts_jitter": 0,
+    "graph": "attention",
+    "similarity": "cosine",
+    "remove_position": False,
     "layers": "all",
     "heads": "mean",
     "reduction": "mean",
@@ -109,8 +112,9 @@ def test_recipe_refuses():
 @pytest.mark.parametrize("name", sorted(WORDS))
 def test_words(name):
     """An option that takes a word takes each of its words, and no other."""
+    needed = {"graph": "tokens"} if name == "similarity" else {}  # attention has no vectors
     for word in WORDS[name]:
-        assert getattr(MaskConfig(**{name: word}), name) == word
+        assert getattr(MaskConfig(**{name: word}, **needed), name) == word
     with pytest.raises(ValueError, match="^" + re.escape(f"{name} must be one of {', '.join(WORDS[name])}, got 'wrong'")):
         MaskConfig(**{name: "wrong"})
 
@@ -148,7 +152,7 @@ def test_bad_values(name, value):
 
 def test_random_directions_need_averaged_heads():
     """Random directions are drawn for N features, so heads side by side are refused with them, and only with them."""
-    with pytest.raises(ValueError, match=r"^heads must be mean"):
+    with pytest.raises(ValueError, match=r"^heads must be mean or select with random directions"):
         MaskConfig(estimator="vmf", start="random", heads="concat")
     assert MaskConfig(estimator="vmf", heads="concat").heads == "concat"
 

@@ -1,9 +1,10 @@
-"""Our model with the weights of the official one: how far apart loss and gradients are, for the same mask.
+"""Our model with the weights of the official one: how far apart loss, gradients and signals are, for the same mask.
 
     python official_parity.py UPSTREAM CONFIGS
 
 The current folder is the clone's folder of code, CONFIGS this project's patches/configs. Prints a JSON object:
-{size: {"loss": relative difference, "gradient": largest difference as a share of the tensor's largest gradient, ...}}.
+{size: {"loss": relative difference, "gradient": largest difference as a share of the tensor's largest gradient, ...,
+"signals": {signal: largest difference as a share of the block's largest value}}}.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def compare(pair: Pair) -> dict[str, Any]:
         "gradient": furthest(theirs, gradients(pair.ours, loss)),
         "gradient_control": furthest(theirs, gradients(pair.ours, control)),
         "tensors": len(theirs),
+        "signals": signal_differences(pair),
     }
 
 
@@ -133,6 +135,53 @@ def furthest(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
     return max(
         float((gradient - ours[name]).abs().max() / gradient.abs().max().clamp(min=1e-12)) for name, gradient in theirs.items()
     )
+
+
+def whole_pass(model: Any) -> None:
+    """The official encoder's own forward pass over whole images."""
+    nothing = torch.zeros(BATCH, PATCHES, dtype=torch.bool)
+    if hasattr(model, "forward_encoder"):
+        model.random_masking = lambda tokens, ratio: seam.gather_visible(tokens, nothing)
+        model.forward_encoder(images(), 0.0)
+    elif hasattr(model, "forward_features"):
+        model.forward_features(images(), nothing)
+    else:
+        model.encoder(images(), nothing.reshape(BATCH, 14, 14).long())
+
+
+@torch.no_grad()
+def signal_differences(pair: Pair) -> dict[str, float]:
+    """What the official pass computes in every block beside what is read: by the seam from it, and from our model."""
+    blocks = list(seam.encoder_of(pair.theirs).blocks)
+    outputs: list[Tensor] = []
+    projected: dict[int, Tensor] = {}
+    plain = functional.linear
+
+    def watched(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        made = plain(input, weight, bias)
+        projected.update({index: made for index, block in enumerate(blocks) if weight is block.attn.qkv.weight})
+        return made
+
+    handles = [block.register_forward_hook(lambda module, args, output: outputs.append(output)) for block in blocks]
+    functional.linear = watched
+    try:
+        whole_pass(pair.theirs)
+    finally:
+        functional.linear = plain
+        for handle in handles:
+            handle.remove()
+    heads = blocks[0].attn.num_heads
+    thirds = [projected[index].reshape(BATCH, PATCHES + 1, 3, heads, -1).permute(2, 0, 3, 1, 4) for index in range(len(blocks))]
+    expected = {"tokens": outputs} | {
+        name: [third[place] for third in thirds] for place, name in enumerate(("queries", "keys", "values"))
+    }
+    gaps = {}
+    for name, wanted in expected.items():
+        for who, read in (("seam", seam.encoder_signal(seam.encoder_of(pair.theirs), images(), name)),
+                          ("ours", pair.ours.signal(images(), name))):  # fmt: skip
+            pairs = zip(read, wanted, strict=True)
+            gaps[f"{name} {who}"] = max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
+    return gaps
 
 
 def main() -> None:

@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.evolved_mask import EvolvedMask
 from common.masks import mae_ids
+from common.models.block import LayerNorm
 from common.models.timm_layers import Block
 from mae_evolved.model import MaskedAutoencoder
 from patches import seam
@@ -120,7 +122,7 @@ def attached(model: nn.Module, flags: str = "", upstream: str = "mae", **more: A
 @pytest.mark.parametrize("layers", ["all", "last", [0]])
 def test_attention_of_a_timm_encoder_is_that_of_our_trainer(mae: LikeMAE, images: Tensor, layers: Any, values: Any) -> None:
     ours = list(mae.attention_maps(images, layers, values))
-    streamed = list(seam.attention_maps(mae, images, layers, values))
+    streamed = list(seam.encoder_signal(mae, images, "attention", layers, values))
     assert len(streamed) == len(ours)
     for attention, expected in zip(streamed, ours, strict=True):
         torch.testing.assert_close(attention, expected, rtol=1e-5, atol=1e-6)
@@ -129,11 +131,42 @@ def test_attention_of_a_timm_encoder_is_that_of_our_trainer(mae: LikeMAE, images
 def test_shared_bias_is_in_the_attention_and_not_in_the_scores(images: Tensor) -> None:
     torch.manual_seed(0)
     encoder = LikeBEiT()
-    scores = list(seam.attention_maps(encoder, images, "all", "scores"))
-    softmax = list(seam.attention_maps(encoder, images, "all", "softmax"))
+    scores = list(seam.encoder_signal(encoder, images, "attention", "all", "scores"))
+    softmax = list(seam.encoder_signal(encoder, images, "attention", "all", "softmax"))
     assert len(scores) == len(softmax) == 2
     for score, attention in zip(scores, softmax, strict=True):
         torch.testing.assert_close((score + encoder.table).softmax(dim=-1), attention)
+
+
+@pytest.mark.parametrize("layers", ["all", "last", [0]])
+@pytest.mark.parametrize("graph", ["tokens", "queries", "keys", "values"])
+def test_signals_of_a_timm_encoder_are_those_of_our_trainer(mae: LikeMAE, images: Tensor, graph: Any, layers: Any) -> None:
+    theirs = LikeMAE(**TINY, **DECODER)
+    theirs.blocks = nn.ModuleList(Block(24, 2, qkv_bias=True, norm_layer=LayerNorm) for _ in range(2))  # timm's
+    theirs.load_state_dict(mae.state_dict())
+    ours, read = list(mae.signal(images, graph, layers)), list(seam.encoder_signal(theirs, images, graph, layers))
+    assert len(read) == len(ours)
+    for signal, expected in zip(read, ours, strict=True):
+        torch.testing.assert_close(signal, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_signals_of_an_encoder_with_biases_apart(images: Tensor) -> None:
+    """BEiT's names: queries and values have a bias, keys none, and the layer is used without being called (seed 0)."""
+    torch.manual_seed(0)
+    encoder = LikeBEiT()
+    handle = encoder.blocks[1].register_forward_hook(lambda *_: pytest.fail("the last block ran"))
+    read = {graph: list(seam.encoder_signal(encoder, images, graph, "all")) for graph in ("queries", "keys", "values")}
+    handle.remove()
+    tokens = torch.cat([encoder.cls_token.expand(4, -1, -1), encoder.patch_embed(images)], dim=1)
+    outputs = list(seam.encoder_signal(encoder, images, "tokens", "all"))
+    for index, block in enumerate(encoder.blocks):
+        projected = block.norm1(tokens) @ block.attn.qkv.weight.T
+        projected = projected + torch.cat([block.attn.q_bias, torch.zeros(24), block.attn.v_bias])
+        for third, graph in enumerate(read):
+            by_head = [projected[..., 24 * third + 12 * head : 24 * third + 12 * head + 12] for head in range(2)]
+            torch.testing.assert_close(read[graph][index], torch.stack(by_head, dim=1), rtol=1e-5, atol=1e-6)
+        tokens = block(tokens, encoder.table)
+        torch.testing.assert_close(outputs[index], tokens)
 
 
 # --- the calls -----------------------------------------------------------------------------------------------------
@@ -167,6 +200,33 @@ def test_mae_gets_the_mask_in_the_form_of_its_own(mae: LikeMAE, images: Tensor) 
     assert mae.training
 
 
+GRAPHS = {
+    "tokens": "--similarity vectors",
+    "queries": "--heads select",
+    "keys": "--layers 0 --remove_position",
+    "values": "--similarity vectors --heads concat --layers last",
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_another_signal_comes_through_the_flags(mae: LikeMAE, images: Tensor, graph: str) -> None:
+    """The mask is that of an EvolvedMask with these options, given our model's signal; no map of the whole image is made."""
+    mae.blocks = nn.ModuleList(Block(24, 2, qkv_bias=True, norm_layer=LayerNorm) for _ in range(2)).eval()  # timm's
+    attached(mae, f"--mask part --graph {graph} {GRAPHS[graph]}")
+    set_epoch(mae, 2)
+    maps: list[int] = []
+    for block in mae.blocks:
+        block.attn.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0].shape[-1]))
+    by_hand = EvolvedMask((8, 8), 48, 4, seam.RUNS[mae].mask.config, seed=3)
+    by_hand.set_epoch(2)
+    by_hand.generator.set_state(seam.RUNS[mae].mask.generator.get_state())
+    _, mask, _ = mae.forward_encoder(images, 0.75)
+    assert maps.count(65) == {"tokens": 2, "queries": 1, "keys": 0, "values": 1}[graph]
+    with torch.no_grad():
+        expected = by_hand(images, lambda rows: mae.signal(rows, **by_hand.config.signal)).mask
+    assert torch.equal(mask.bool(), expected)
+
+
 def test_masks_come_in_shape_and_type_of_the_given(images: Tensor) -> None:
     torch.manual_seed(0)
     model = nn.Module()
@@ -183,13 +243,13 @@ def test_gradients_survive_autocast_around_the_mask(mae: LikeMAE, images: Tensor
     """Autocast keeps the weights that it cast; those cast without gradient must not reach the training pass."""
     attached(mae, "--mask part")
     set_epoch(mae, 2)
-    plain, during = seam.attention_maps, []
+    plain, during = seam.encoder_signal, []
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **named: Any) -> Any:
         during.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(), torch.is_grad_enabled()))
-        return plain(*args)
+        return plain(*args, **named)
 
-    monkeypatch.setattr(seam, "attention_maps", watched)
+    monkeypatch.setattr(seam, "encoder_signal", watched)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latent, _, _ = mae.forward_encoder(images, 0.75)
         loss = latent.float().square().sum()
@@ -280,6 +340,8 @@ def stopped(capsys: pytest.CaptureFixture[str], call: Callable[[], None]) -> str
         ("--gamma -1", "--gamma must be above 0, got -1.0"),
         ("--layers what", "--layers must be"),
         ("--alpha 2", "--alpha must be"),
+        ("--graph keys --attention_values scores", "--attention_values must be softmax with graph keys, got 'scores'"),
+        ("--graph tokens --heads select", "--heads must be mean with graph tokens, which have none, got 'select'"),
         ("--mask block-official", "--mask block-official may mask fewer patches in some images, which this model cannot take"),
     ],
 )

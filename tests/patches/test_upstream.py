@@ -401,7 +401,10 @@ def test_bad_value_dies_before_the_data_is_read(clone: Clone) -> None:
 
 
 def test_parity_of_our_model(clone: Clone) -> None:
-    """The official weights and mask in our model: loss to 1e-5, every gradient to 1e-4 of the tensor's largest."""
+    """The official weights and mask in our model: loss to 1e-5, every gradient to 1e-4 of the tensor's largest.
+
+    Signals, of the seam and of our model, to 1e-6 of what the official pass computes in each block.
+    """
     ours = f"{clone.name}_evolved"
     if importlib.util.find_spec(ours) is None or importlib.util.find_spec(f"{ours}.model") is None:
         pytest.skip(f"{ours}.model is not there")
@@ -413,3 +416,5 @@ def test_parity_of_our_model(clone: Clone) -> None:
         assert gaps["loss"] <= 1e-5, size
         assert gaps["gradient"] <= 1e-4, size
         assert gaps["gradient_control"] > 1e-2, size  # another mask must show
+        assert len(gaps["signals"]) == 8, size
+        assert max(gaps["signals"].values()) <= 1e-6, gaps["signals"]

@@ -24,6 +24,7 @@ from tests.conftest import assert_same, read_log
 
 Train = Callable[..., Path]
 
+SIGNAL = "--graph keys --heads select --layers 0,-1 --remove_position"
 TRAINED = ("model", "optimizer", "scaler", "epoch", "update", "mask", "ema", "meters")
 
 
@@ -44,7 +45,9 @@ def stop_at_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     monkeypatch.setattr(Loop, "_train_epoch", cut)
 
 
-@pytest.mark.parametrize("flags", ["", "--recipe authors --schedule_epochs 4", "--mask block --accum_iter 2", "--num_workers 2"])
+@pytest.mark.parametrize(
+    "flags", ["", "--recipe authors --schedule_epochs 4", "--mask block --accum_iter 2", "--num_workers 2", SIGNAL]
+)
 def test_four_epochs_equal_two_and_a_resume(train: Train, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
     """Weights, optimiser, masks, moving average and log are equal to the bit."""
     whole = train("whole", flags)
