@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.pieces import count_pieces, label_pieces
 from benchmarks.skipped_passes import add_schedule_arguments, grid_size, write_json
 from common.evolved_mask import EvolvedMask, MaskBatch, MaskConfig, count_masked, num_parts_at
 
@@ -29,7 +28,6 @@ ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 COLOUR_CELLS = 5  # coarse cells of the colour field across an image
 COLOUR_SPREAD = 6.0  # a change of colour from one end of the range to the other counts as this many patches
 REACH = 1.5  # distance, in patches, at which attention has fallen to exp(-1/2)
-IN_PLANE = np.stack([np.zeros((3, 3)), ndimage.generate_binary_structure(2, 1), np.zeros((3, 3))])  # joins no two images
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,8 @@ def equal_neighbours(maps: Tensor) -> float:
 
 def piece_size(maps: Tensor) -> float:
     """True patches over connected pieces of them, in maps bool [B, H, W]."""
-    _, pieces = ndimage.label(maps.numpy(), structure=IN_PLANE)
-    return int(maps.sum()) / max(pieces, 1)
+    pieces = label_pieces(maps.flatten(1).long(), (maps.shape[1], maps.shape[2])).reshape(maps.shape)
+    return int(maps.sum()) / max(len(pieces[maps].unique()), 1)
 
 
 def next_to_visible(masked: Tensor) -> float:
@@ -195,10 +193,7 @@ def table(gallery: Gallery, gamma: float, epochs: int) -> list[Row]:
 
 def connected_parts(gallery: Gallery, num_parts: int) -> float:
     """Connected pieces of a part, on average: 1 if every part is one blob."""
-    parts = gallery.masks(mask="part", num_parts=num_parts).parts.reshape(-1, *gallery.size)
-    part_maps = [parts == part for part in range(num_parts)]
-    pieces = sum(ndimage.label(members.numpy(), structure=IN_PLANE)[1] for members in part_maps)
-    return pieces / max(sum(members.flatten(1).any(dim=1).sum().item() for members in part_maps), 1)
+    return count_pieces(gallery.masks(mask="part", num_parts=num_parts).parts, gallery.size).a_part
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -309,7 +309,10 @@ class EvolvedMask:
                 f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
             )
         check_graph(graph, rows)  # names images by their place in the batch
-        parts[rows] = partition_parts(graph, num_parts, self.parts_options, uniforms=start_draw[rows], check_finite=False)
+        start, grid_size = start_draw[rows], (self.height, self.width)
+        parts[rows] = partition_parts(
+            graph, num_parts, self.parts_options, uniforms=start, grid_size=grid_size, check_finite=False
+        )
         return parts
 
     def _raster_order(self, inputs: Tensor) -> Tensor:

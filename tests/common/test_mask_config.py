@@ -44,6 +44,7 @@ PAPER = {
     "scaling": "image",
     "hard_label": "posterior",
     "reseed_empty": True,
+    "smooth": 0.0,
     "grid_draw": "image",
     "ties": "random",
     "masked_end": "highest",
@@ -135,7 +136,7 @@ def test_all_words_are_options():
         ("alpha_offset", -1), ("schedule_epochs", 0), ("schedule_epochs", -300),
         ("num_parts", 0), ("parts_start", 0), ("parts_end", 0), ("parts_end", -3), ("parts_jitter", -1),
         ("covariance_floor", 0.0), ("covariance_floor", -0.1), ("covariance_floor", math.nan),
-        ("kappa", 0.0), ("kappa", math.nan), ("iterations", -1),
+        ("kappa", 0.0), ("kappa", math.nan), ("iterations", -1), ("smooth", -0.5), ("smooth", math.inf),
         ("ema_decay", 1.0), ("ema_decay", -0.1), ("ema_decay", math.nan),
         ("layers", ""), ("layers", "first"), ("layers", "0,x"), ("layers", "1,,2"),
     ],
@@ -219,7 +220,7 @@ def cut_directly(maps, graph=None, num_parts=6, **cut):
     """The same parts from the functions themselves and the published draws."""
     start = start_draws(num_parts, PATCHES, PartsOptions(**cut))
     uniforms = hash_uniform(SEED, EPOCH, IDS, Stream.START, start)
-    return partition_parts(patch_graph(maps, **(graph or {})), num_parts, uniforms=uniforms, **cut)
+    return partition_parts(patch_graph(maps, **(graph or {})), num_parts, uniforms=uniforms, grid_size=GRID, **cut)
 
 
 VMF = {"estimator": "vmf"}
@@ -241,6 +242,7 @@ ROWS = {
     "refining steps": ({"start_refine": 0}, {"start": "kmeans++"}, {}),
     "scale": ({"scaling": "none"}, VMF, {}),
     "hard label": ({"hard_label": "per-patch"}, VMF | {"kappa": 5.0, "start": "kmeans++", "start_refine": 0}, {}),
+    "neighbours": ({"smooth": 5.0}, {}, {}),
     "empty parts": ({"reseed_empty": False}, VMF | {"start": "random", "num_parts": 12}, {}),
 }
 
