@@ -715,15 +715,16 @@ def _check_start(labels: Tensor, rows: Tensor, num_parts: int) -> None:
         raise ValueError(f"start_labels must be {list(rows.shape[:2])} in 0..{num_parts - 1}, got {list(labels.shape)}")
 
 
-def check_graph(graph: Tensor, images: Tensor | None = None) -> None:
+def check_graph(graph: Tensor, images: Tensor | None = None, name: str = "patch graph") -> None:
     """Raises ValueError for NaN or infinite entries, naming the images.
 
     Args:
-        graph: [B, N, D].
+        graph: [B, N, D], or any other numbers of B images.
         images: int64 [B], the number under which to name each graph; default 0..B-1.
+        name: what the numbers are.
     """
     finite = graph.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
         wrong = (~finite).nonzero()[:, 0]
         named = (wrong if images is None else images[wrong]).tolist()
-        raise ValueError(f"the patch graph of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)")
+        raise ValueError(f"the {name} of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)")

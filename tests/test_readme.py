@@ -52,9 +52,10 @@ METHOD = {
     "states": set(),
     "moving_average": set(),
     "parts": {".draws"},
-    "masks": {".draws"},
+    "cited_masks": set(),
+    "masks": {".cited_masks", ".draws"},
     "mask_config": {".masks", ".parts"},
-    "evolved_mask": {".attention", ".draws", ".mask_config", ".masks", ".parts", ".states"},
+    "evolved_mask": {".attention", ".cited_masks", ".draws", ".mask_config", ".masks", ".parts", ".states"},
 }
 """The files of the method, and what each may import of the others. Flags of a command line are beside it, not in it."""
 

@@ -63,7 +63,7 @@ def test_comparison_counts_what_it_compared():
 
 def test_comparison_fails_when_the_shortcut_is_wrong(monkeypatch):
     masker = EvolvedMask((6, 8), 36, 20, num_parts=5)
-    monkeypatch.setattr(masker, "decided_by_grid", lambda grid_draw, part_draw: torch.ones(len(grid_draw), dtype=torch.bool))
+    monkeypatch.setattr(masker, "decided_by_grid", lambda grid_draw, *_: torch.ones(len(grid_draw), dtype=torch.bool))
     with pytest.raises(AssertionError, match="changed a mask"):
         skipped_passes.compare_masks(masker, images=16, epochs=4)
 
