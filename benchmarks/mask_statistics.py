@@ -27,6 +27,9 @@ from common.evolved_mask import EvolvedMask, MaskBatch, MaskConfig, count_masked
 ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 COLOUR_CELLS = 5  # coarse cells of the colour field across an image
 COLOUR_SPREAD = 6.0  # a change of colour from one end of the range to the other counts as this many patches
+OTHERS = ("random", "block", "inverse-block", "squares", "attn-high", "attn-low", "semantic")
+"""Strategies in the last rows; semantic, which goes on with alpha, at its start (a share of every part)."""
+
 REACH = 1.5  # distance, in patches, at which attention has fallen to exp(-1/2)
 
 
@@ -68,7 +71,8 @@ TITLES = {
 
 
 def blob_attention(images: int, height: int, width: int, seed: int) -> Tensor:
-    """Attention that falls with distance in position and colour: [B, 1, T, T], a class token first.
+    """Attention that falls with distance in position and colour: [B, 1, T, T], a class token first, which attends to the patches
+    as they do to each other on average.
 
     Colours are a coarse random field, enlarged smoothly: regions of like colour with soft borders.
     """
@@ -79,7 +83,8 @@ def blob_attention(images: int, height: int, width: int, seed: int) -> Tensor:
     places = torch.stack([row, column]).float().expand(images, -1, -1, -1)
     features = torch.cat([places, COLOUR_SPREAD * colours], dim=1).flatten(2).transpose(1, 2)  # [B, N, 5]
     edges = (-torch.cdist(features, features).square() / (2 * REACH**2)).softmax(dim=2)
-    return functional.pad(edges, (1, 0, 1, 0))[:, None]
+    tokens = torch.cat([edges.mean(dim=1, keepdim=True), edges], dim=1)
+    return functional.pad(tokens, (1, 0))[:, None]
 
 
 # --- Statistics of masks ----------------------------------------------------------------------------------------
@@ -173,10 +178,10 @@ class Gallery:
         made = self.masks(alpha=alpha, num_parts=num_parts)
         return self.row(f"alpha = {alpha:g}", made.mask, made.parts, num_parts)
 
-    def static(self, strategy: str, num_parts: int) -> Row:
-        """Masks that ask no model, counted over the parts that a model would have had."""
+    def other(self, strategy: str, num_parts: int) -> Row:
+        """Masks of another strategy, counted over the parts of alpha = 1."""
         parts = self.masks(mask="part", num_parts=num_parts).parts
-        return self.row(strategy, self.masks(mask=strategy).mask, parts, num_parts)
+        return self.row(strategy, self.masks(mask=strategy, num_parts=num_parts).mask, parts, num_parts)
 
 
 def parts_at(alpha: float, gamma: float, epochs: int, most: int) -> int:
@@ -185,10 +190,10 @@ def parts_at(alpha: float, gamma: float, epochs: int, most: int) -> int:
 
 
 def table(gallery: Gallery, gamma: float, epochs: int) -> list[Row]:
-    """All rows, random and block masks last."""
+    """All rows, other strategies last."""
     patches = gallery.size[0] * gallery.size[1]
     rows = [gallery.evolved(alpha, parts_at(alpha, gamma, epochs, patches)) for alpha in ALPHAS]
-    return rows + [gallery.static(strategy, rows[-1].num_parts) for strategy in ("random", "block")]
+    return rows + [gallery.other(strategy, rows[-1].num_parts) for strategy in OTHERS]
 
 
 def connected_parts(gallery: Gallery, num_parts: int) -> float:
@@ -223,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(
         f"Synthetic attention (not a trained model's): {args.images} images, grid {args.grid[0]}x{args.grid[1]}, "
         f"{gallery.num_masked} patches masked, seed {args.seed}.\n"
-        f"K follows alpha on the schedule with gamma {args.gamma:g}; random and block masks are counted over the parts of "
+        f"K follows alpha on the schedule with gamma {args.gamma:g}; other masks are counted over the parts of "
         f"alpha = 1.\nA part there has {pieces:.2f} connected pieces on average.\n"
     )
     print(markdown(rows))

@@ -85,7 +85,7 @@ def mask_numbers():
 def test_table_has_all_rows_and_shares_that_add_up(mask_numbers):
     rows = mask_numbers["rows"]
     assert [name for name in rows if name.startswith("alpha")] == [f"alpha = {alpha:g}" for alpha in mask_statistics.ALPHAS]
-    assert list(rows)[-2:] == ["random", "block"]
+    assert list(rows)[len(mask_statistics.ALPHAS) :] == list(mask_statistics.OTHERS)
     for row in rows.values():
         assert row["parts_masked"] + row["parts_visible"] + row["parts_mixed"] == pytest.approx(1)
 
@@ -99,6 +99,15 @@ def test_masks_move_from_the_grid_to_whole_parts(mask_numbers):
     assert parts["equal_to_grid"] < 0.75
     assert parts["same_neighbours"] > 0.8
     assert parts["parts_mixed"] <= 1 / parts["num_parts"] + 1e-9 < grid["parts_mixed"]  # at most one part is cut
+
+
+def test_other_strategies_do_what_their_names_say(mask_numbers):
+    """One visible block has the largest visible pieces, squares larger ones than random; semantic begins with mixed parts."""
+    rows = mask_numbers["rows"]
+    pieces = {name: row["visible_piece"] for name, row in rows.items()}
+    assert max(pieces, key=pieces.get) == "inverse-block"
+    assert pieces["squares"] > pieces["random"]
+    assert rows["semantic"]["parts_mixed"] > rows["random"]["parts_mixed"]
 
 
 def test_table_depends_on_the_seed_alone(mask_numbers):
