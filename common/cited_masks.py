@@ -108,8 +108,8 @@ def inverse_block_masks(height: int, width: int, num_masked: Counts, uniforms: T
     Inverse block masking with roll of CAPI (Darcet et al., "Cluster and Predict Latent Patches for Improved Masked Image
     Modeling", arXiv 2502.08769; mask ratio 0.65 there), taken up by Franca (Venkataramanan et al., arXiv 2507.14137). The roll
     lets every patch be visible equally often, which a block that has to fit into the grid does not. The aspect ratio is
-    log-uniform between 1/2 and 2 (chosen here), as far as the grid allows. Added: where the N - m visible patches fill no rectangle, its last
-    column is short by the missing ones, at a random corner, so that the count is exact.
+    log-uniform between 1/2 and 2 (chosen here), as far as the grid allows. Added: where the N - m visible patches fill no
+    rectangle, its last column is short by the missing ones, at a random corner, so that the count is exact.
 
     Args:
         num_masked: m, or int64 [B]; below N.
