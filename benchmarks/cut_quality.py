@@ -3,6 +3,7 @@
     python -m benchmarks.cut_quality                                        (about a minute on one core)
     python -m benchmarks.cut_quality --seeds 1 --graphs 4 --settings 2      (seconds)
     python -m benchmarks.cut_quality --diagnose                             what start, iterations and floor do
+    python -m benchmarks.cut_quality --smooth                               what a Potts prior does (a few minutes)
     python -m benchmarks.cut_quality --time                                 the whole cut beside scikit-learn's
 
 A planted graph is attention whose parts are known. Regions of a patch grid are drawn (the cells of random centres); every
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.mask_cost import fit_with_sklearn
+from benchmarks.pieces import count_pieces
 from benchmarks.skipped_passes import write_json
 from common.parts import PartsOptions, fit_parts
 
@@ -42,6 +44,9 @@ SKLEARN = {**{f"GaussianMixture, {init}, {floor}": (init, floor) for init, floor
 
 FORMER: dict[str, Any] = {"start": "kmeans++", "start_refine": 0, "iterations": 15, "covariance_floor": 0.1}
 """The defaults of version 0.1.0."""
+
+BETAS = (0.0, 0.5, 1.0, 2.0, 8.0, 32.0)
+"""Weights of the prior that --smooth compares."""
 
 TOLERANCE = 0.03  # below scikit-learn's best, at most, in every row
 
@@ -219,12 +224,44 @@ def judge(table: list[dict[str, Any]]) -> dict[str, Any]:
     return {"worst_gap": min(gaps), "above": sum(gap > 0 for gap in gaps), "settings": len(gaps)}
 
 
+def score_smooth(settings: Sequence[Planted], graphs: int, seeds: int) -> list[dict[str, Any]]:
+    """A row for each setting and beta: adjusted Rand index, pieces a part and share of single-patch parts of every seed."""
+    table = []
+    for setting in settings:
+        rows = [{"setting": str(setting), "beta": beta, "rand": [], "pieces": [], "single": []} for beta in BETAS]
+        for seed in range(seeds):
+            planted, truth = plant(setting, graphs, seed)
+            for row in rows:
+                options, generator = PartsOptions(smooth=row["beta"]), torch.Generator().manual_seed(seed)
+                fit = fit_parts(planted, setting.num_parts, options, generator=generator, grid_size=setting.grid)
+                pieces = count_pieces(fit.labels, setting.grid)
+                for name, value in (
+                    ("rand", rand_index(truth, fit.labels)),
+                    ("pieces", pieces.a_part),
+                    ("single", pieces.single_parts),
+                ):
+                    row[name].append(value)
+        table += rows
+        print(_smooth_line(rows), flush=True)
+    return table
+
+
+def _smooth_line(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [
+        f"{statistics.fmean(row['rand']):.3f} ± {_spread(row['rand']):.3f} / {statistics.fmean(row['pieces']):.2f} / "
+        f"{statistics.fmean(row['single']):.2f}"
+        for row in rows
+    ]
+    return f"| {rows[0]['setting']} | " + " | ".join(cells) + " |"
+
+
 def time_cut(images: int, grid: tuple[int, int], num_parts: int, turns: int) -> dict[str, float]:
     """Seconds of the whole cut, of the former one, and of scikit-learn's mixture from our start: medians, in turns."""
     graphs, _ = plant(Planted(10, num_parts, 0.7, grid), images, 0)
     started = fit_parts(graphs, num_parts, iterations=0)
     cuts = {
         "ours": lambda: fit_parts(graphs, num_parts),
+        "ours, smooth": lambda: fit_parts(graphs, num_parts, smooth=BETAS[-1], grid_size=grid),
         "version 0.1.0": lambda: fit_parts(graphs, num_parts, **FORMER),
         "greedy start alone": lambda: fit_parts(graphs, num_parts, iterations=0),
         "scikit-learn, start given": lambda: fit_with_sklearn(started, PartsOptions().iterations, "given"),
@@ -247,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, default=5, help="0 to N-1: of the graphs, and of every start [%(default)s]")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="only the first N settings")
     parser.add_argument("--diagnose", action="store_true", help="one choice of ours changed at a time, without scikit-learn")
+    parser.add_argument("--smooth", action="store_true", help="a Potts prior of several weights, without scikit-learn")
     parser.add_argument("--time", action="store_true", help="seconds of the cut instead of its quality")
     parser.add_argument("--images", type=int, default=64, help="with --time [%(default)s]")
     parser.add_argument("--parts", type=int, default=40, help="with --time [%(default)s]")
@@ -256,6 +294,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         numbers: dict[str, Any] = {"seconds": time_cut(args.images, (14, 14), args.parts, turns=5)}
         for name, value in numbers["seconds"].items():
             print(f"{name}: {value:.3f} s, {value / numbers['seconds']['ours']:.2f} of ours")
+    elif args.smooth:
+        print("adjusted Rand index ± spread over seeds / connected pieces a part / share of parts of a single patch\n")
+        print("| planted | " + " | ".join(f"beta {beta:g}" for beta in BETAS) + " |\n|" + "---|" * (len(BETAS) + 1))
+        numbers = {"table": score_smooth(SETTINGS[: args.settings], args.graphs, args.seeds)}
     else:
         cuts = diagnosed() if args.diagnose else compared()
         print("| planted | " + " | ".join(cuts) + " |\n|" + "---|" * (len(cuts) + 1))

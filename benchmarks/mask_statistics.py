@@ -16,20 +16,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.pieces import count_pieces, label_pieces
 from benchmarks.skipped_passes import add_schedule_arguments, grid_size, write_json
 from common.evolved_mask import EvolvedMask, MaskBatch, MaskConfig, count_masked, num_parts_at
 
 ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 COLOUR_CELLS = 5  # coarse cells of the colour field across an image
 COLOUR_SPREAD = 6.0  # a change of colour from one end of the range to the other counts as this many patches
+OTHERS = ("random", "block", "inverse-block", "squares", "attn-high", "attn-low", "semantic")
+"""Strategies in the last rows; semantic, which goes on with alpha, at its start (a share of every part)."""
+
 REACH = 1.5  # distance, in patches, at which attention has fallen to exp(-1/2)
-IN_PLANE = np.stack([np.zeros((3, 3)), ndimage.generate_binary_structure(2, 1), np.zeros((3, 3))])  # joins no two images
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ TITLES = {
 
 
 def blob_attention(images: int, height: int, width: int, seed: int) -> Tensor:
-    """Attention that falls with distance in position and colour: [B, 1, T, T], a class token first.
+    """Attention that falls with distance in position and colour: [B, 1, T, T], a class token first, which attends to the patches
+    as they do to each other on average.
 
     Colours are a coarse random field, enlarged smoothly: regions of like colour with soft borders.
     """
@@ -81,7 +83,8 @@ def blob_attention(images: int, height: int, width: int, seed: int) -> Tensor:
     places = torch.stack([row, column]).float().expand(images, -1, -1, -1)
     features = torch.cat([places, COLOUR_SPREAD * colours], dim=1).flatten(2).transpose(1, 2)  # [B, N, 5]
     edges = (-torch.cdist(features, features).square() / (2 * REACH**2)).softmax(dim=2)
-    return functional.pad(edges, (1, 0, 1, 0))[:, None]
+    tokens = torch.cat([edges.mean(dim=1, keepdim=True), edges], dim=1)
+    return functional.pad(tokens, (1, 0))[:, None]
 
 
 # --- Statistics of masks ----------------------------------------------------------------------------------------
@@ -95,8 +98,8 @@ def equal_neighbours(maps: Tensor) -> float:
 
 def piece_size(maps: Tensor) -> float:
     """True patches over connected pieces of them, in maps bool [B, H, W]."""
-    _, pieces = ndimage.label(maps.numpy(), structure=IN_PLANE)
-    return int(maps.sum()) / max(pieces, 1)
+    pieces = label_pieces(maps.flatten(1).long(), (maps.shape[1], maps.shape[2])).reshape(maps.shape)
+    return int(maps.sum()) / max(len(pieces[maps].unique()), 1)
 
 
 def next_to_visible(masked: Tensor) -> float:
@@ -175,10 +178,10 @@ class Gallery:
         made = self.masks(alpha=alpha, num_parts=num_parts)
         return self.row(f"alpha = {alpha:g}", made.mask, made.parts, num_parts)
 
-    def static(self, strategy: str, num_parts: int) -> Row:
-        """Masks that ask no model, counted over the parts that a model would have had."""
+    def other(self, strategy: str, num_parts: int) -> Row:
+        """Masks of another strategy, counted over the parts of alpha = 1."""
         parts = self.masks(mask="part", num_parts=num_parts).parts
-        return self.row(strategy, self.masks(mask=strategy).mask, parts, num_parts)
+        return self.row(strategy, self.masks(mask=strategy, num_parts=num_parts).mask, parts, num_parts)
 
 
 def parts_at(alpha: float, gamma: float, epochs: int, most: int) -> int:
@@ -187,18 +190,15 @@ def parts_at(alpha: float, gamma: float, epochs: int, most: int) -> int:
 
 
 def table(gallery: Gallery, gamma: float, epochs: int) -> list[Row]:
-    """All rows, random and block masks last."""
+    """All rows, other strategies last."""
     patches = gallery.size[0] * gallery.size[1]
     rows = [gallery.evolved(alpha, parts_at(alpha, gamma, epochs, patches)) for alpha in ALPHAS]
-    return rows + [gallery.static(strategy, rows[-1].num_parts) for strategy in ("random", "block")]
+    return rows + [gallery.other(strategy, rows[-1].num_parts) for strategy in OTHERS]
 
 
 def connected_parts(gallery: Gallery, num_parts: int) -> float:
     """Connected pieces of a part, on average: 1 if every part is one blob."""
-    parts = gallery.masks(mask="part", num_parts=num_parts).parts.reshape(-1, *gallery.size)
-    part_maps = [parts == part for part in range(num_parts)]
-    pieces = sum(ndimage.label(members.numpy(), structure=IN_PLANE)[1] for members in part_maps)
-    return pieces / max(sum(members.flatten(1).any(dim=1).sum().item() for members in part_maps), 1)
+    return count_pieces(gallery.masks(mask="part", num_parts=num_parts).parts, gallery.size).a_part
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(
         f"Synthetic attention (not a trained model's): {args.images} images, grid {args.grid[0]}x{args.grid[1]}, "
         f"{gallery.num_masked} patches masked, seed {args.seed}.\n"
-        f"K follows alpha on the schedule with gamma {args.gamma:g}; random and block masks are counted over the parts of "
+        f"K follows alpha on the schedule with gamma {args.gamma:g}; other masks are counted over the parts of "
         f"alpha = 1.\nA part there has {pieces:.2f} connected pieces on average.\n"
     )
     print(markdown(rows))

@@ -33,6 +33,7 @@ class Stream(IntEnum):
     BLOCK = 5  # rectangles of block-wise masking
     PATCHES = 6  # one value for each patch (random masking)
     NUM_PARTS = 7  # jitter of the number of parts (`--recipe authors`)
+    RATIO = 8  # how many patches are masked (`--mask_ratio_range`)
     AUGMENT = 16  # crop, flip, colour
     ORDER = 17  # order of the samples in an epoch
     REPLACE = 18  # which sample stands in for an unreadable one

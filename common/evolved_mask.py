@@ -14,7 +14,7 @@
 Each equation is one function, and EvolvedMask calls these functions and no others. What is random in one is decided by
 `uniforms`, numbers in [0, 1) that the caller hands in, or is drawn from `generator`; the results lie where the tensors
 lie, whatever the generator's device. Eq. 7 is in attention.py, other signals than attention in signals.py, Eq. 10-16
-in parts.py, the strategies of other papers in masks.py, every option in mask_config.py.
+in parts.py, the strategies of other papers in masks.py and cited_masks.py, every option in mask_config.py.
 
 B batch (images)   H, W patch grid   N = H*W patches   K parts   h heads   m masked patches   T epochs
 """
@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionTap, attention_mode, choose_layers, patch_graph, stream_attention
+from .cited_masks import Counts, received_attention, semantic_probability
 from .draws import Draws, Stream, batch_draws, uniform_numbers
 from .mask_config import MaskConfig
-from .masks import RULES, MaskShape, count_masked, decided_by_grid, grid_classes
+from .masks import RULES, MaskShape, count_masked, decided_by_grid, grid_classes, mask_first
 from .parts import PartsFit, PartsOptions, check_graph, fit_parts, partition_parts, start_draws
 from .signals import signal_graph, stream_signal
 from .states import differences
@@ -133,7 +134,7 @@ def blend(p_grid: Tensor, p_part: Tensor, alpha: float) -> Tensor:
 
 
 def select_masked(
-    probability: Tensor, num_masked: int, generator: torch.Generator | None = None, *, uniforms: Tensor | None = None
+    probability: Tensor, num_masked: Counts, generator: torch.Generator | None = None, *, uniforms: Tensor | None = None
 ) -> Tensor:
     """Masks the `num_masked` most probable patches of every image; ties are broken at random.
 
@@ -142,6 +143,7 @@ def select_masked(
 
     Args:
         probability: [B, N], finite.
+        num_masked: m, or int64 [B], a number in 0..N for each image, which is not looked at.
         uniforms: [B, N] instead of a generator; of equal probabilities those with the smaller number go first.
 
     Returns:
@@ -151,14 +153,12 @@ def select_masked(
         ValueError: m outside 0..N.
     """
     batch, patches = probability.shape
-    if not 0 <= num_masked <= patches:
+    if not isinstance(num_masked, Tensor) and not 0 <= num_masked <= patches:
         raise ValueError(f"num_masked must be between 0 and the {patches} patches, got {num_masked}")
     tie_order = uniform_numbers((batch, patches), generator, uniforms, probability.device)
     shuffled = tie_order.argsort(dim=1, stable=True)
     ranked = probability.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
-    chosen = shuffled.gather(1, ranked[:, :num_masked])
-    mask = torch.zeros(batch, patches, dtype=torch.bool, device=probability.device)
-    return mask.scatter(1, chosen, True)
+    return mask_first(shuffled.gather(1, ranked), num_masked)
 
 
 # --- All of it, for a batch -------------------------------------------------------------------------------------
@@ -169,8 +169,9 @@ class MaskBatch:
     """Masks of a batch, and how they came about.
 
     Attributes:
-        mask: bool [B, N], True = masked; `num_masked` in every row, or at most that under "block-official".
-        parts: int64 [B, N], part of each patch in 0..num_parts-1; -1 for images without an attention pass.
+        mask: bool [B, N], True = masked; `num_masked` in every row, or at most that under "block-official", or with
+            `mask_ratio_range` a drawn number.
+        parts: int64 [B, N], part of each patch in 0..num_parts-1; -1 where there are none.
         alpha: weight of the parts in this batch.
         num_parts: K of this batch.
         skipped: bool [B], True for images that needed no attention pass.
@@ -227,9 +228,15 @@ class EvolvedMask:
         patches = self.num_patches
         if not 0 < self.num_masked < patches:
             raise ValueError(f"num_masked must be inside 1..{patches - 1} for {patches} patches, got {self.num_masked}")
-        if self.config.uses_attention and self.config.most_parts > patches:
+        if self.config.uses_parts and self.config.most_parts > patches:
             raise ValueError(f"K = {self.config.most_parts} parts is above the N = {patches} patches of an image")
         self.rule.check(self.shape)
+        ratios = self.config.ratio_range
+        if ratios and not self.rule.any_count:
+            raise ValueError(f"mask_ratio_range draws numbers of patches that mask {self.config.mask!r} cannot all make")
+        self.least_masked = self.most_masked = self.num_masked
+        if ratios:
+            self.least_masked, self.most_masked = (count_masked(patches, ratio) for ratio in ratios)
 
     def set_epoch(self, epoch: int) -> None:
         """Moves the schedule to epoch t, 0 <= t <= T."""
@@ -266,36 +273,75 @@ class EvolvedMask:
                 (seed, epoch, sample id) alone; without it draws come from this object's generator. Under
                 `remove_position` the parts of an image depend on the other rows handed to `attention_fn` all the same.
         """
-        batch, alpha, draws = len(inputs), self.alpha, batch_draws(inputs, self.seed, self.epoch, sample_ids, self.generator)
+        alpha, draws = self.alpha, batch_draws(inputs, self.seed, self.epoch, sample_ids, self.generator)
+        counts = self._counts(draws)
         grid_draw = draws.draw(Stream.GRID, 4, self.config.grid_draw)
         tie_order = draws.uniform(Stream.TIES, self.num_patches) if self.config.ties == "random" else self._raster_order(inputs)
-        p_grid = grid_probability(batch, self.height, self.width, uniforms=grid_draw)
-        if not self.rule.uses_attention:
-            static_draw = draws.uniform(self.rule.stream, self.rule.draws(self.shape))
-            p_static = self.rule.probability(self.shape, static_draw)
-            mask = p_static > 0  # what BEiT's own rule gives, as it is: it may fall short of num_masked
+        p_grid = grid_probability(len(inputs), self.height, self.width, uniforms=grid_draw)
+        if not self.rule.uses_parts:
+            p_other = self._without_parts(inputs, attention_fn, draws, counts)
+            mask = p_other > 0  # what BEiT's own rule gives, as it is: it may fall short of num_masked
             if self.rule.exact_count:
-                mask = select_masked(blend(p_grid, p_static, alpha), self.num_masked, uniforms=tie_order)
-            return MaskBatch(mask, torch.full_like(mask, -1, dtype=torch.int64), alpha, self.num_parts, mask.new_ones(batch))
+                mask = select_masked(blend(p_grid, p_other, alpha), counts, uniforms=tie_order)
+            skipped = mask.new_full((len(inputs),), not self.rule.uses_attention)
+            return MaskBatch(mask, torch.full_like(mask, -1, dtype=torch.int64), alpha, self.num_parts, skipped)
         num_parts = self._jittered_parts(draws)
         part_draw = draws.uniform(Stream.PARTS, num_parts)
         start_count = start_draws(num_parts, self.num_patches, self.parts_options)
         start_draw = draws.draw(Stream.START, start_count, self.config.start_draw)
-        skipped = self.decided_by_grid(grid_draw, part_draw)
+        skipped = self.decided_by_grid(grid_draw, part_draw, counts)
         parts = self._parts(inputs, attention_fn, ~skipped, num_parts, start_draw)
         p_part = part_probability(parts.clamp(min=0), num_parts, uniforms=part_draw)  # -1: the grid decides whatever it is
         probability = blend(p_grid, p_part, alpha)
-        if self.config.masked_end == "lowest":
+        if self.rule.shares_of_parts:
+            probability = self._shares_of_parts(draws, parts, part_draw, counts)
+        elif self.config.masked_end == "lowest":
             probability = -probability
-        return MaskBatch(select_masked(probability, self.num_masked, uniforms=tie_order), parts, alpha, num_parts, skipped)
+        return MaskBatch(select_masked(probability, counts, uniforms=tie_order), parts, alpha, num_parts, skipped)
 
-    def decided_by_grid(self, grid_draw: Tensor, part_draw: Tensor) -> Tensor:
+    def decided_by_grid(self, grid_draw: Tensor, part_draw: Tensor, counts: Counts | None = None) -> Tensor:
         """Images that need no attention pass, by their draws [B, 4] and [B, K]: bool [B]. See masks.decided_by_grid."""
-        if not self.config.shortcut:
+        if not self.config.shortcut or self.rule.shares_of_parts:
             return torch.zeros(len(grid_draw), dtype=torch.bool, device=grid_draw.device)
         class_sizes = torch.bincount(grid_classes(self.height, self.width), minlength=4).to(grid_draw.device)
         lowest_first = self.config.masked_end == "lowest"
-        return decided_by_grid(grid_draw, part_draw, class_sizes, self.num_masked, self.alpha, lowest_first)
+        wanted = self.num_masked if counts is None else counts
+        return decided_by_grid(grid_draw, part_draw, class_sizes, wanted, self.alpha, lowest_first)
+
+    def _counts(self, draws: Draws) -> Counts:
+        """Masked patches: m, or with a range of ratios int64 [B], each number in it alike."""
+        if self.config.ratio_range is None:
+            return self.num_masked
+        span = self.most_masked - self.least_masked
+        drawn = draws.draw(Stream.RATIO, 1, self.config.ratio_draw)[:, 0]
+        return self.least_masked + (drawn * (span + 1)).long().clamp(max=span)
+
+    def _shares_of_parts(self, draws: Draws, parts: Tensor, part_draw: Tensor, counts: Counts) -> Tensor:
+        """SemMAE's schedule over these parts: [B, N]. The draws of PATCHES are the order within parts, then an offset a part."""
+        patch_draw, offset = draws.uniform(Stream.PATCHES, parts.shape[1] + part_draw.shape[1]).tensor_split(
+            [parts.shape[1]], dim=1
+        )
+        return semantic_probability(parts, part_draw, patch_draw, offset, counts, self.alpha)
+
+    def _without_parts(self, inputs: Tensor, attention_fn: AttentionFn | None, draws: Draws, counts: Counts) -> Tensor:
+        """The second term of the blend of a strategy that makes no parts: [B, N]."""
+        if self.rule.received is None:
+            return self.rule.probability(self.shape, draws.uniform(self.rule.stream, self.rule.draws(self.shape)), counts)
+        if attention_fn is None:
+            raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
+        received = received_attention(attention_fn(inputs), self.num_prefix_tokens)
+        self._check_patches(received)
+        check_graph(received, name="attention")
+        return self.rule.received(received)
+
+    def _check_patches(self, of_patches: Tensor) -> None:
+        """Raises ValueError unless [B, N, ...] is of the patches of this grid."""
+        if of_patches.shape[1] != self.num_patches:
+            read = "attention has" if self.config.graph == "attention" else f"{self.config.graph} have"
+            raise ValueError(
+                f"the {read} {of_patches.shape[1]} patch tokens, "
+                f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
+            )
 
     def _parts(
         self, inputs: Tensor, attention_fn: AttentionFn | None, needed: Tensor, num_parts: int, start_draw: Tensor
@@ -309,15 +355,19 @@ class EvolvedMask:
             raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
         signal = attention_fn(inputs if len(rows) == len(inputs) else inputs[rows])
         graph = signal_graph(signal, self.config.graph, self.num_prefix_tokens, **self.config.graph_options)
-        if graph.shape[1] != self.num_patches:
-            read = "attention has" if self.config.graph == "attention" else f"{self.config.graph} have"
-            raise ValueError(
-                f"the {read} {graph.shape[1]} patch tokens, "
-                f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
-            )
+        self._check_patches(graph)
         check_graph(graph, rows)  # names images by their place in the batch
-        parts[rows] = partition_parts(graph, num_parts, self.parts_options, uniforms=start_draw[rows], check_finite=False)
+        start, grid_size = start_draw[rows], (self.height, self.width)
+        parts[rows] = partition_parts(
+            graph, num_parts, self.parts_options, uniforms=start, grid_size=grid_size, check_finite=False
+        )
         return parts
+
+    def describe_count(self) -> str:
+        """How many patches are masked, in words: "147", "at most 75", "117 to 176"."""
+        if self.config.ratio_range:
+            return f"{self.least_masked} to {self.most_masked}"
+        return f"{'' if self.rule.exact_count else 'at most '}{self.num_masked}"
 
     def _raster_order(self, inputs: Tensor) -> Tensor:
         """Numbers [B, N] with which select_masked leaves the first of equal patches in raster order visible."""

@@ -7,6 +7,7 @@ is the released code (ZhanzhouFeng/Evolved-Part-Masking, commit 28228aa).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,7 +16,10 @@ from .masks import RULES, count_masked, count_masked_units
 from .parts import DEFAULT_CANDIDATES, DEFAULT_FLOOR, PartsOptions, Start
 from .signals import Graph, Similarity
 
-Strategy = Literal["evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official", "official"]
+Strategy = Literal[
+    "evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official",
+    "attn-high", "attn-low", "semantic", "inverse-block", "squares", "official",
+]  # fmt: skip
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -35,10 +39,20 @@ class MaskConfig:
         "evolved",
         "masking strategy: evolved (the paper's), part (alpha = 1), grid (alpha = 0), random, block (BEiT's rule with "
         "the exact count), grid-to-block (the appendix's baseline), random-units (SimMIM's: squares of mask_unit patches), "
-        "block-official (BEiT's own, which may mask fewer), official (the method's own: MAE random, BEiT block-official, "
-        "SimMIM random-units)",
+        "block-official (BEiT's own, which may mask fewer), attn-high and attn-low (most or least attended patches: AttMask, "
+        "MST), semantic (SemMAE's schedule from a share of every part to whole parts), inverse-block (one visible block: CAPI, "
+        "Franca), squares (of mask_unit patches, any side and count: Pixio), official (the method's own: MAE random, BEiT "
+        "block-official, SimMIM random-units)",
     )
-    mask_unit: int = option(2, "patches across a square of random-units (SimMIM: 32 px, 2 patches of 16 px)")
+    mask_unit: int = option(2, "patches across a square of random-units (SimMIM: 2, of 16 px each) or of squares (Pixio: 4)")
+    mask_ratio_range: str | None = option(
+        None,
+        "LOW,HIGH, such as 0.6,0.9: how many patches are masked is drawn, each number between the two ratios alike, in place "
+        "of mask_ratio (R2MAE)",
+    )
+    ratio_draw: Literal["image", "batch"] = option(
+        "image", "one such number an image, or one a batch of a rank (R2MAE; MAE needs it, which cannot batch different counts)"
+    )
     gamma: float = option(2.0, "exponent of alpha = (t/T)^gamma (Eq. 4, Table 2)")
     alpha: float | None = option(None, "fix alpha in 0..1 instead of letting it grow (Table 2)")
     alpha_offset: int = option(0, "added to the epoch in Eq. 4 (released code: 1)")
@@ -97,6 +111,11 @@ class MaskConfig:
         "part of a patch: argmax of the posterior (Eq. 16), or of responsibilities normalised over patches (released code)",
     )
     reseed_empty: bool = option(True, "move a part that lost all its patches to the patch explained worst")
+    smooth: float = option(
+        0.0,
+        "beta of a Potts prior that draws each patch to the parts of its neighbours, in nats a neighbour; 0: off. A Gaussian of "
+        "N = 196 features needs 8 to 32 (docs/method.md)",
+    )
     grid_draw: Literal["image", "batch"] = option(
         "image", "one draw of the 2x2 grid an image, or one a batch and rank (released code)"
     )
@@ -134,8 +153,10 @@ class MaskConfig:
         self._check("iterations", self.iterations >= 0, "must be 0 or more")
         self._check("start_candidates", self.start_candidates >= 1, "must be 1 or more")
         self._check("start_refine", self.start_refine >= 0, "must be 0 or more")
+        self._check("smooth", 0 <= self.smooth < math.inf, "must be 0 or more and finite")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")
         self._check_graph()
+        self._check("mask_ratio_range", self._ratios_readable(), "must be LOW,HIGH with 0 < LOW <= HIGH < 1, such as 0.6,0.9")
         self._check("layers", self._layers_readable(), "must be 'all', 'last' or block indices such as 0,5,11")
 
     @classmethod
@@ -197,16 +218,34 @@ class MaskConfig:
         return RULES[self.mask].uses_attention
 
     @property
+    def uses_parts(self) -> bool:
+        """Whether this strategy cuts the attention into parts."""
+        return RULES[self.mask].uses_parts
+
+    @property
     def exact_count(self) -> bool:
-        """Whether every image gets exactly `num_masked` masked patches."""
+        """Whether every image gets exactly the number of masked patches that it should."""
         return RULES[self.mask].exact_count
+
+    @property
+    def ratio_range(self) -> tuple[float, float] | None:
+        """`mask_ratio_range` as two numbers."""
+        if self.mask_ratio_range is None:
+            return None
+        low, high = map(float, self.mask_ratio_range.split(","))
+        return low, high
 
     def check_even_counts(self) -> None:
         """For models that take as many masked patches from every image, as MAE does.
 
         Raises:
-            ValueError: the strategy may mask fewer in some images.
+            ValueError: the strategy may mask fewer in some images, or each image draws its own number.
         """
+        if self.ratio_range and self.ratio_draw == "image":
+            raise ValueError(
+                "mask_ratio_range masks another number of patches in every image, which this model cannot take; "
+                "add ratio_draw batch, one number for each batch"
+            )
         if not self.exact_count:
             raise ValueError(f"mask {self.mask} may mask fewer patches in some images, which this model cannot take; use block")
 
@@ -227,6 +266,8 @@ class MaskConfig:
     def _check_graph(self) -> None:
         """Refuses what means nothing together, and what nothing would read."""
         attention, vectors = self.graph == "attention", self.similarity == "vectors"
+        ranked = RULES[self.mask].received is not None
+        self._check("graph", attention or not ranked, f"must be attention with mask {self.mask}, which ranks patches by it")
         self._check("similarity", not (attention and vectors), "must be cosine with graph attention, which has no vectors")
         self._check("remove_position", not (attention and self.remove_position), "must be off with graph attention")
         for name, only in (("attention_values", "softmax"), ("direction", "row")):
@@ -240,6 +281,13 @@ class MaskConfig:
             random = "random directions (estimator vmf, start random)"
             self._check("heads", not (attention and self.heads == "concat"), f"must be mean or select with {random}")
             self._check("similarity", not vectors, f"must be cosine with {random}")
+
+    def _ratios_readable(self) -> bool:
+        try:
+            ratios = self.ratio_range
+        except ValueError:
+            return False
+        return ratios is None or 0 < ratios[0] <= ratios[1] < 1
 
     def _layers_readable(self) -> bool:
         try:
@@ -263,6 +311,9 @@ GRAPH_OPTIONS = ("similarity", "heads", "direction", "reduction", "remove_positi
 ADDED: dict[str, Any] = {
     "start_candidates": 16,
     "start_refine": 0,
+    "smooth": 0.0,
+    "mask_ratio_range": None,
+    "ratio_draw": "image",
     "graph": "attention",
     "similarity": "cosine",
     "remove_position": False,

@@ -1,8 +1,8 @@
 """The mask contract, masks that need no model and the table of strategies, and the form each model takes a mask in.
 
 A mask is bool [B, N], row-major over an (H, W) patch grid, True = masked, with exactly `num_masked` True in
-every row. Grids need not be square, nor even. One mask is outside the contract: BEiT's own block rule
-(:func:`official_block_masks`) may mask fewer.
+every row; where a mask ratio is drawn for each image, `num_masked` is a number for each, [B]. Grids need not be square, nor
+even. One mask is outside the contract: BEiT's own block rule (:func:`official_block_masks`) may mask fewer.
 
 B batch (images)   H, W patch grid   N = H*W patches   A attempts to place a rectangle   U units, squares of u*u patches
 """
@@ -18,6 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .cited_masks import (
+    INVERSE_BLOCK_DRAWS,
+    Counts,
+    inverse_block_masks,
+    square_probability,
+    squares_across,
+)
 from .draws import Stream
 
 BLOCK_ATTEMPTS = 48
@@ -61,14 +68,15 @@ def count_masked_units(height: int, width: int, mask_ratio: float, unit: int) ->
     return masked * unit**2
 
 
-def check_mask(mask: Tensor, num_masked: int) -> None:
-    """Raises ValueError unless `mask` keeps the contract: bool [B, N] with `num_masked` True in every row."""
+def check_mask(mask: Tensor, num_masked: Counts) -> None:
+    """Raises ValueError unless `mask` keeps the contract: bool [B, N] with `num_masked` (int, or int64 [B]) True in every row."""
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise ValueError(f"a mask is bool [batch, patches], got {mask.dtype} {list(mask.shape)}")
     counts = mask.sum(dim=1)
     wrong = (counts != num_masked).nonzero()[:, 0].tolist()
     if wrong:
-        raise ValueError(f"image {wrong[0]} has {int(counts[wrong[0]])} masked patches, not {num_masked}")
+        wanted = int(num_masked[wrong[0]]) if isinstance(num_masked, Tensor) else num_masked
+        raise ValueError(f"image {wrong[0]} has {int(counts[wrong[0]])} masked patches, not {wanted}")
 
 
 def grid_classes(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -83,7 +91,7 @@ def grid_classes(height: int, width: int, device: torch.device | None = None) ->
 
 
 def block_masks(
-    height: int, width: int, num_masked: int, uniforms: Tensor, *, min_patches: int = MIN_BLOCK, min_aspect: float = 0.3
+    height: int, width: int, num_masked: Counts, uniforms: Tensor, *, min_patches: int = MIN_BLOCK, min_aspect: float = 0.3
 ) -> Tensor:
     """Block-wise masks in the manner of BEiT (Bao et al., Algorithm 1), with the exact count.
 
@@ -93,6 +101,7 @@ def block_masks(
     made of blocks. BEiT's own generator stops short instead.
 
     Args:
+        num_masked: m, or int64 [B].
         uniforms: [B, BLOCK_ATTEMPTS * BLOCK_DRAWS + N] numbers in [0, 1): the rectangles, then the last filling.
 
     Returns:
@@ -110,8 +119,14 @@ def block_masks(
         mask |= rectangle & fits[:, None, None]
     density = functional.avg_pool2d(mask[:, None].float(), 3, stride=1, padding=1, count_include_pad=False)
     score = torch.where(mask, 2.0, density[:, 0]).reshape(batch, cells) + filling / cells
-    filled = torch.zeros(batch, cells, dtype=torch.bool, device=uniforms.device)
-    return filled.scatter(1, score.topk(num_masked, dim=1).indices, True)
+    return mask_first(score.argsort(dim=1, descending=True, stable=True), num_masked)
+
+
+def mask_first(order: Tensor, num_masked: Counts) -> Tensor:
+    """Masks the first patches of an order int64 [B, N], m of every image or `num_masked` [B] of each: bool [B, N]."""
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    taken = place < (num_masked[:, None] if isinstance(num_masked, Tensor) else num_masked)
+    return torch.zeros_like(taken).scatter(1, order, taken)
 
 
 def official_block_draws(num_masked: int) -> int:
@@ -207,7 +222,7 @@ def _one_a_patch(shape: MaskShape) -> int:
     return shape.num_patches
 
 
-def _as_drawn(shape: MaskShape, uniforms: Tensor) -> Tensor:
+def _as_drawn(shape: MaskShape, uniforms: Tensor, counts: Counts) -> Tensor:
     return uniforms
 
 
@@ -221,37 +236,49 @@ class MaskRule:
 
     Attributes:
         alpha: weight of that term; None where it grows (Eq. 4).
-        uses_attention: made from the parts of the encoder's attention (Eq. 6) instead of `draws` and `probability`.
+        uses_attention: made from the encoder's attention, of its parts (Eq. 6) where no `received` says otherwise, instead of
+            `draws` and `probability`.
+        received: attention that each patch gets [B, N] -> [B, N], for strategies that rank patches by it and make no parts.
+        shares_of_parts: SemMAE's schedule in the place of the blend: alpha goes from a share of every part to whole parts.
         exact_count: every image gets exactly m; otherwise the mask is where the probability is above 0.
+        any_count: m can be any number inside 1..N-1, another one for each image.
         stream: what the draws are for.
         draws: shape -> C, the uniform numbers that an image takes.
-        probability: shape, uniforms [B, C] -> [B, N].
+        probability: shape, uniforms [B, C], counts (m, or int64 [B]) -> [B, N].
         check: raises ValueError where the strategy cannot make masks of this shape.
     """
 
     alpha: float | None = 1.0
     uses_attention: bool = False
+    received: Callable[[Tensor], Tensor] | None = None
+    shares_of_parts: bool = False
     exact_count: bool = True
+    any_count: bool = True
     stream: Stream = Stream.PATCHES
     draws: Callable[[MaskShape], int] = _one_a_patch
-    probability: Callable[[MaskShape, Tensor], Tensor] = _as_drawn
+    probability: Callable[[MaskShape, Tensor, Counts], Tensor] = _as_drawn
     check: Callable[[MaskShape], None] = _any_shape
+
+    @property
+    def uses_parts(self) -> bool:
+        """Whether the attention is cut into parts."""
+        return self.uses_attention and self.received is None
 
 
 def _block_draws(shape: MaskShape) -> int:
     return BLOCK_ATTEMPTS * BLOCK_DRAWS + shape.num_patches
 
 
-def _block_probability(shape: MaskShape, uniforms: Tensor) -> Tensor:
+def _block_probability(shape: MaskShape, uniforms: Tensor, counts: Counts) -> Tensor:
     """1 inside the blocks, 0 outside."""
-    return block_masks(shape.height, shape.width, shape.num_masked, uniforms).float()
+    return block_masks(shape.height, shape.width, counts, uniforms).float()
 
 
 def _official_block_draws(shape: MaskShape) -> int:
     return official_block_draws(shape.num_masked)
 
 
-def _official_block_probability(shape: MaskShape, uniforms: Tensor) -> Tensor:
+def _official_block_probability(shape: MaskShape, uniforms: Tensor, counts: Counts) -> Tensor:
     return official_block_masks(shape.height, shape.width, shape.num_masked, uniforms).float()
 
 
@@ -266,7 +293,7 @@ def _unit_draws(shape: MaskShape) -> int:
     return shape.num_patches // shape.unit**2
 
 
-def _unit_probability(shape: MaskShape, uniforms: Tensor) -> Tensor:
+def _unit_probability(shape: MaskShape, uniforms: Tensor, counts: Counts) -> Tensor:
     return unit_masks(shape.height, shape.width, shape.num_masked, shape.unit, uniforms).float()
 
 
@@ -276,6 +303,27 @@ def _check_units(shape: MaskShape) -> None:
         raise ValueError(f"mask_unit {unit} does not divide the patch grid {shape.height}x{shape.width}")
     if shape.num_masked % unit**2:
         raise ValueError(f"num_masked {shape.num_masked} is not a multiple of the {unit**2} patches of a unit (mask_unit {unit})")
+
+
+def _inverse_block_draws(shape: MaskShape) -> int:
+    return INVERSE_BLOCK_DRAWS
+
+
+def _inverse_block_probability(shape: MaskShape, uniforms: Tensor, counts: Counts) -> Tensor:
+    """0 inside the visible block, 1 outside."""
+    return inverse_block_masks(shape.height, shape.width, counts, uniforms).float()
+
+
+def _square_draws(shape: MaskShape) -> int:
+    return squares_across(shape.height, shape.unit) * squares_across(shape.width, shape.unit)
+
+
+def _square_probability(shape: MaskShape, uniforms: Tensor, counts: Counts) -> Tensor:
+    return square_probability(shape.height, shape.width, shape.unit, uniforms)
+
+
+def _as_received(received: Tensor) -> Tensor:
+    return received
 
 
 def _refuse_official(shape: MaskShape) -> None:
@@ -289,6 +337,7 @@ _OFFICIAL_BLOCK = MaskRule(
     probability=_official_block_probability,
     check=_check_official_block,
     exact_count=False,
+    any_count=False,
 )
 
 RULES: dict[str, MaskRule] = {
@@ -298,15 +347,20 @@ RULES: dict[str, MaskRule] = {
     "random": MaskRule(),
     "block": _BLOCK,
     "grid-to-block": replace(_BLOCK, alpha=None),
-    "random-units": MaskRule(draws=_unit_draws, probability=_unit_probability, check=_check_units),
+    "random-units": MaskRule(draws=_unit_draws, probability=_unit_probability, check=_check_units, any_count=False),
     "block-official": _OFFICIAL_BLOCK,
+    "attn-high": MaskRule(uses_attention=True, received=_as_received),
+    "attn-low": MaskRule(uses_attention=True, received=torch.neg),
+    "semantic": MaskRule(alpha=None, uses_attention=True, shares_of_parts=True),
+    "inverse-block": MaskRule(stream=Stream.BLOCK, draws=_inverse_block_draws, probability=_inverse_block_probability),
+    "squares": MaskRule(draws=_square_draws, probability=_square_probability),
     "official": MaskRule(check=_refuse_official),
 }
 """The rule of each word that `--mask` takes."""
 
 
 def decided_by_grid(
-    grid_draw: Tensor, part_draw: Tensor, class_sizes: Tensor, num_masked: int, alpha: float, lowest_first: bool = False
+    grid_draw: Tensor, part_draw: Tensor, class_sizes: Tensor, num_masked: Counts, alpha: float, lowest_first: bool = False
 ) -> Tensor:
     """Images whose evolved mask is the same whatever their parts are.
 
@@ -319,6 +373,7 @@ def decided_by_grid(
         grid_draw: [B, 4], the number of each class of the 2x2 grid (Eq. 18).
         part_draw: [B, K], the number of each part (Eq. 6).
         class_sizes: int64 [4], patches of each class.
+        num_masked: m, or int64 [B].
         lowest_first: the lowest probabilities are masked.
 
     Returns:
@@ -331,7 +386,8 @@ def decided_by_grid(
     gap = (ranked[:, :-1] - ranked[:, 1:]).abs()
     reach = part_draw.amax(dim=1) - part_draw.amin(dim=1)
     wide = (1 - alpha) * gap > alpha * reach[:, None] + 1e-5
-    return ((filled[:, :-1] == num_masked) & wide).any(dim=1)
+    wanted = num_masked[:, None] if isinstance(num_masked, Tensor) else num_masked
+    return ((filled[:, :-1] == wanted) & wide).any(dim=1)
 
 
 # --- mask -> the form a model takes it in -----------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Patch i is described by its row of the graph, phi_i = w_i. Rows are drawn from a mixture of K parts; EM fits the
 mixture to every image of the batch at once, and each patch goes to the part with the largest posterior.
 
-B batch (images)   N patches   D features of a row (N, or more with heads side by side)   K parts
+B batch (images)   H, W patch grid   N = H*W patches   D features of a row (N, or more with heads side by side)   K parts
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class PartsOptions:
         hard_label: "posterior" takes the part with the largest E_ik (Eq. 16). "per-patch" first divides each
             part's posteriors by their sum over the patches, as the authors' released code does.
         reseed_empty: move a part that lost all its patches to the patch explained worst.
+        smooth: beta, in nats: what it is worth that two neighbours of the patch grid belong to one part, a Potts prior. 0 cuts
+            each patch by its row alone, as the paper does. See :func:`fit_parts` for the bound that EM then climbs.
 
     Raises:
         ValueError: an unknown word or a value outside its range, naming the option.
@@ -81,6 +83,7 @@ class PartsOptions:
     scaling: Scaling = "image"
     hard_label: HardLabel = "posterior"
     reseed_empty: bool = True
+    smooth: float = 0.0
 
     def __post_init__(self) -> None:
         for name, words in _WORDS.items():
@@ -91,6 +94,8 @@ class PartsOptions:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
         if self.covariance_floor <= 0 or self.kappa <= 0:
             raise ValueError(f"covariance_floor and kappa must be above 0, got {self.covariance_floor} and {self.kappa}")
+        if not 0 <= self.smooth < math.inf:
+            raise ValueError(f"smooth must be 0 or more and finite, got {self.smooth}")
 
 
 @dataclass(frozen=True)
@@ -102,12 +107,13 @@ class PartsFit:
 
     Attributes:
         labels: int64 [B, N], argmax of the posterior (Eq. 16), values in 0..K-1; a part may stay empty.
-        posteriors: [B, N, K], E_ik of Eq. 12, rows sum to 1.
+        posteriors: [B, N, K], E_ik of Eq. 12, or with smooth > 0 its mean-field form; rows sum to 1.
         weights: [B, K], pi_k of Eq. 13.
         means: [B, K, D], psi_k of Eq. 14.
         covariances: C_k of Eq. 15: [B, K, D] diagonal, [B, K] spherical, [B, K, D, D] full, None for vmf.
         log_likelihood: [iterations + 1, B], of the start and after each M-step. For vmf the normalising
-            constant of the density, the same for all parts, is left out.
+            constant of the density, the same for all parts, is left out. With smooth > 0 it is not a log-likelihood but the
+            bound F of :func:`fit_parts`.
         reseeded: bool [iterations + 1, B], True where an empty part was re-seeded just before that entry.
         rows, center, scale: [B, N, D], [B, 1, D], [B, 1, 1].
     """
@@ -132,6 +138,7 @@ def partition_parts(
     generator: torch.Generator | None = None,
     uniforms: Tensor | None = None,
     start_labels: Tensor | None = None,
+    grid_size: tuple[int, int] | None = None,
     check_finite: bool = True,
     **choices: Any,
 ) -> Tensor:
@@ -140,7 +147,7 @@ def partition_parts(
     Args:
         graph: [B, N, D], a row for each patch; D = N for a patch graph. Finite.
         num_parts: K, 1 to N.
-        options, choices, generator, uniforms, start_labels, check_finite: see :func:`fit_parts`.
+        options, choices, generator, uniforms, start_labels, grid_size, check_finite: see :func:`fit_parts`.
 
     Returns:
         int64 [B, N] in 0..K-1.
@@ -156,6 +163,7 @@ def partition_parts(
         generator=generator,
         uniforms=uniforms,
         start_labels=start_labels,
+        grid_size=grid_size,
         check_finite=check_finite,
     )
     if options.hard_label == "per-patch":
@@ -172,10 +180,22 @@ def fit_parts(
     generator: torch.Generator | None = None,
     uniforms: Tensor | None = None,
     start_labels: Tensor | None = None,
+    grid_size: tuple[int, int] | None = None,
     check_finite: bool = True,
     **choices: Any,
 ) -> PartsFit:
     """Fits the mixture of Eq. 10-15 by EM, and returns everything that was estimated.
+
+    With smooth = beta > 0 the parts z_i of neighbours are drawn to each other by a Potts prior, and E_ik of Eq. 12 becomes
+    q_ik, the mean-field posterior. E-step and M-step then both climb the (negative) variational free energy
+
+        F = sum_ik q_ik log(pi_k p_k(v_i)) + beta sum_(i,j) sum_k q_ik q_jk - sum_ik q_ik log q_ik,
+
+    the second sum over the pairs of patches side by side or one above the other. F is a lower bound on the logarithm of
+    sum_z prod_i pi_(z_i) p_(z_i)(v_i) exp(beta * pairs in one part), the prior's own normalising constant left out; at beta = 0
+    it is the log-likelihood. q_i is proportional to pi_k p_k(v_i) exp(beta * sum of q_jk over the neighbours j). Patches of one
+    colour of the checkerboard have no neighbour among themselves, so that all of one colour, then all of the other, are
+    set to their maximum at once, and F never falls.
 
     Args:
         graph: [B, N, D], finite. Computed in float32, or in float64 if it is float64.
@@ -184,14 +204,17 @@ def fit_parts(
         generator: randomness of the start; without it (and without `uniforms`) a generator seeded 0 is used.
         uniforms: numbers in [0, 1) that decide the start instead of `generator`: [B, start_draws(...)].
         start_labels: int64 [B, N]; start from this partition instead.
+        grid_size: (H, W) of the patch grid, row by row; needed where smooth > 0.
         check_finite: look for NaN and infinity (one reduction, and on a GPU one synchronisation).
 
     Raises:
-        ValueError: K outside 1..N, a wrong shape or option, or NaN or infinity in the graph, naming the image.
+        ValueError: K outside 1..N, a wrong shape or option, a grid that is missing or is not one of N patches, or NaN or infinity
+            in the graph, naming the image.
         TypeError: a keyword that is no option.
     """
     options = _chosen(options, choices)
     _check_graph_shape(graph, num_parts)
+    _check_grid(graph.shape[1], grid_size, options.smooth)
     if check_finite:
         check_graph(graph)
     with torch.autocast(device_type=graph.device.type, enabled=False):
@@ -202,7 +225,7 @@ def fit_parts(
             density.maximise(_one_hot(start_labels, num_parts, rows))
         else:
             _start(density, rows, num_parts, options, _start_uniforms(rows, num_parts, options, generator, uniforms))
-        return _expectation_maximisation(density, rows, center, scale, options)
+        return _expectation_maximisation(density, rows, center, scale, options, grid_size)
 
 
 def start_draws(num_parts: int, features: int, options: PartsOptions | None = None) -> int:
@@ -225,15 +248,17 @@ def _chosen(options: PartsOptions | None, choices: dict[str, Any]) -> PartsOptio
 # --- EM: E-step (Eq. 12), M-step (Eq. 13-15), hard label (Eq. 16) ----------------------------------------------
 
 
-def _expectation_maximisation(density: _Density, rows: Tensor, center: Tensor, scale: Tensor, options: PartsOptions) -> PartsFit:
+def _expectation_maximisation(
+    density: _Density, rows: Tensor, center: Tensor, scale: Tensor, options: PartsOptions, grid_size: tuple[int, int] | None
+) -> PartsFit:
     batch = rows.shape[0]
     log_likelihood: list[Tensor] = []
     reseeded = [torch.zeros(batch, dtype=torch.bool, device=rows.device)]
+    posteriors: Tensor | None = None
     for step in range(options.iterations + 1):
         joint = density.log_joint()  # log(pi_k p_k(v_i)), [B, N, K]
-        posteriors = joint.softmax(dim=2)  # Eq. 12
-        evidence = joint.amax(dim=2) - posteriors.amax(dim=2).log()  # log-sum-exp of joint over the parts, [B, N]
-        log_likelihood.append(evidence.sum(dim=1))
+        posteriors, evidence, bound = _expectation(joint, posteriors, options.smooth, grid_size)
+        log_likelihood.append(bound)
         if step == options.iterations:
             break
         density.maximise(posteriors)
@@ -241,6 +266,7 @@ def _expectation_maximisation(density: _Density, rows: Tensor, center: Tensor, s
         if options.reseed_empty and _may_hold_one(empty):
             density.reseed(empty, _worst_explained(rows, evidence, empty))
         reseeded.append(empty.any(dim=1) & options.reseed_empty)
+    assert posteriors is not None
     return PartsFit(
         labels=posteriors.argmax(dim=2),
         posteriors=posteriors,
@@ -253,6 +279,55 @@ def _expectation_maximisation(density: _Density, rows: Tensor, center: Tensor, s
         center=center,
         scale=scale,
     )
+
+
+def _expectation(
+    joint: Tensor, before: Tensor | None, smooth: float, grid_size: tuple[int, int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E-step: posteriors [B, N, K], log-sum-exp of `joint` over the parts [B, N], and what EM climbs [B].
+
+    Args:
+        joint: log(pi_k p_k(v_i)), [B, N, K].
+        before: posteriors of the step before; those of a Potts prior go on from there.
+    """
+    posteriors = joint.softmax(dim=2)  # Eq. 12
+    evidence = joint.amax(dim=2) - posteriors.amax(dim=2).log()
+    if smooth == 0 or grid_size is None:
+        return posteriors, evidence, evidence.sum(dim=1)
+    posteriors = _mean_field(joint, posteriors if before is None else before, smooth, grid_size)
+    return posteriors, evidence, _free_energy(joint, posteriors, smooth, grid_size)
+
+
+def _mean_field(joint: Tensor, posteriors: Tensor, beta: float, grid_size: tuple[int, int]) -> Tensor:
+    """Every patch set to its maximum of F given its neighbours, one colour of the checkerboard after the other: [B, N, K].
+
+    One turn of both is enough: EM goes on from its result, and more turns gave the same parts (docs/LOG.md).
+    """
+    height, width = grid_size
+    rows = torch.arange(height, device=joint.device)[:, None]
+    columns = torch.arange(width, device=joint.device)
+    colour = ((rows + columns) % 2).flatten()[:, None]  # [N, 1]
+    for turn in (0, 1):
+        updated = torch.add(joint, _neighbours(posteriors, grid_size), alpha=beta).softmax(dim=2)
+        posteriors = torch.where(colour == turn, updated, posteriors)
+    return posteriors
+
+
+def _neighbours(posteriors: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Sum over the patches above, below, left and right: [B, N, K]."""
+    maps = posteriors.reshape(len(posteriors), *grid_size, -1)  # [B, H, W, K]
+    total = torch.zeros_like(maps)
+    total[:, 1:] += maps[:, :-1]
+    total[:, :-1] += maps[:, 1:]
+    total[:, :, 1:] += maps[:, :, :-1]
+    total[:, :, :-1] += maps[:, :, 1:]
+    return total.flatten(1, 2)
+
+
+def _free_energy(joint: Tensor, posteriors: Tensor, beta: float, grid_size: tuple[int, int]) -> Tensor:
+    """F of :func:`fit_parts`: [B]. Every pair of neighbours is met from both its ends, hence the half."""
+    agreement = 0.5 * beta * _neighbours(posteriors, grid_size)
+    return (posteriors * (joint + agreement) + torch.special.entr(posteriors)).sum(dim=(1, 2))
 
 
 def _may_hold_one(empty: Tensor) -> bool:
@@ -628,20 +703,28 @@ def _check_graph_shape(graph: Tensor, num_parts: int) -> None:
         raise ValueError(f"num_parts must be between 1 and the {graph.shape[1]} patches, got {num_parts}")
 
 
+def _check_grid(patches: int, grid_size: tuple[int, int] | None, smooth: float) -> None:
+    if grid_size is None and smooth > 0:
+        raise ValueError("smooth above 0 needs grid_size, (H, W) of the patch grid, to know which patches are neighbours")
+    if grid_size is not None and (min(grid_size) < 1 or grid_size[0] * grid_size[1] != patches):
+        raise ValueError(f"grid_size {grid_size[0]}x{grid_size[1]} is not a grid of the {patches} patches of the graph")
+
+
 def _check_start(labels: Tensor, rows: Tensor, num_parts: int) -> None:
     if labels.shape != rows.shape[:2] or not bool(((labels >= 0) & (labels < num_parts)).all()):
         raise ValueError(f"start_labels must be {list(rows.shape[:2])} in 0..{num_parts - 1}, got {list(labels.shape)}")
 
 
-def check_graph(graph: Tensor, images: Tensor | None = None) -> None:
+def check_graph(graph: Tensor, images: Tensor | None = None, name: str = "patch graph") -> None:
     """Raises ValueError for NaN or infinite entries, naming the images.
 
     Args:
-        graph: [B, N, D].
+        graph: [B, N, D], or any other numbers of B images.
         images: int64 [B], the number under which to name each graph; default 0..B-1.
+        name: what the numbers are.
     """
     finite = graph.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
         wrong = (~finite).nonzero()[:, 0]
         named = (wrong if images is None else images[wrong]).tolist()
-        raise ValueError(f"the patch graph of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)")
+        raise ValueError(f"the {name} of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)")

@@ -142,7 +142,8 @@ def attach(upstream: str, model: nn.Module, settings: Any, optimizer: torch.opti
     if upstream == "mae":
         replace_random_masking(model, run)
     RUNS[model] = run
-    _say(f"evolved masks: {config.mask}, {num_masked} of {grid_size[0]}x{grid_size[1]} patches, {choices.total_epochs} epochs")
+    masked = f"{mask.describe_count()} of {grid_size[0]}x{grid_size[1]} patches"
+    _say(f"evolved masks: {config.mask}, {masked}, {choices.total_epochs} epochs")
 
 
 def load_state(model: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -38,7 +38,12 @@ from tests.downstream.segmentation.test_data import write_folder
 RUN = "--num_workers 0 --device cpu"
 TASK = f"{RUN} --model vit_tiny_patch4 --input_size 16 --batch_size 4 --pictures 1"
 TINY = f"{RUN} --input_size 16 --batch_size 4 --epochs 2 --warmup_epochs 0 --parts_start 4 --parts_end 3 --picture_images 1"
-PRETRAINING = ("", "--lr_schedule poly --recipe authors", "--lr_schedule multistep --mask random-units", "--dataset cifar10")
+PRETRAINING = (
+    "--mask_ratio_range 0.5,0.9 --ratio_draw batch",
+    "--lr_schedule poly --recipe authors",
+    "--lr_schedule multistep --mask random-units",
+    "--dataset cifar10",
+)
 SCHEDULES = ("", "--lr_schedule poly", "--lr_schedule multistep", "--lr_schedule cosine")
 
 

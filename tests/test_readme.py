@@ -54,9 +54,19 @@ METHOD = {
     "states": set(),
     "moving_average": set(),
     "parts": {".draws"},
-    "masks": {".draws"},
+    "cited_masks": set(),
+    "masks": {".cited_masks", ".draws"},
     "mask_config": {".heads", ".masks", ".parts", ".signals"},
-    "evolved_mask": {".attention", ".draws", ".mask_config", ".masks", ".parts", ".signals", ".states"},
+    "evolved_mask": {
+        ".attention",
+        ".cited_masks",
+        ".draws",
+        ".mask_config",
+        ".masks",
+        ".parts",
+        ".signals",
+        ".states",
+    },
 }
 """The files of the method, and what each may import of the others. Flags of a command line are beside it, not in it."""
 

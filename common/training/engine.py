@@ -177,8 +177,7 @@ class PretrainingTask(Task):
         return {"method": self.method.name, "mask": self.mask_config}
 
     def title(self) -> str:
-        masked = f"{'' if self.mask_config.exact_count else 'at most '}{self.mask.num_masked}"
-        patches = f"{masked} of {self.mask.height}x{self.mask.width} patches"
+        patches = f"{self.mask.describe_count()} of {self.mask.height}x{self.mask.width} patches"
         return f"{self.method.name} {self.config.model}, mask {self.mask_config.mask}: {patches}"
 
     # --- updates ---

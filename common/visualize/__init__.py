@@ -85,9 +85,9 @@ def outline_mask(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def describe_schedule(config: MaskConfig, alpha: float, num_parts: int, decimals: int = 2) -> str:
     """Of alpha and K those that shape this mask: "alpha 0.25, K 25", "K 10", "alpha 0.25", or nothing for a static mask."""
     words = []
-    if config.mask in ("evolved", "grid-to-block"):
+    if config.mask in ("evolved", "grid-to-block", "semantic"):
         words.append(f"alpha {alpha:.{decimals}f}")
-    if config.uses_attention:
+    if config.uses_parts:
         words.append(f"K {num_parts}")
     return ", ".join(words)
 
@@ -212,7 +212,7 @@ class MaskPictures:
     def _figure(self, snapshots: Sequence[Snapshot]) -> np.ndarray:
         """A row an image; the image, then parts (of masks that have them) and mask of each epoch: uint8 [height, width, 3]."""
         config = self.mask.config
-        columns = ("parts", "mask") if config.uses_attention else ("mask",)
+        columns = ("parts", "mask") if config.uses_parts else ("mask",)
         groups = [Group(("image",))]
         for shot in snapshots:
             schedule = describe_schedule(config, shot.alpha, shot.num_parts)
@@ -230,15 +230,14 @@ class MaskPictures:
     def _cells(self, image: np.ndarray, shot: Snapshot, row: int) -> list[np.ndarray]:
         large, mask = _enlarged(image), shot.masks[row]
         masked = _as_bytes(outline_mask(draw_mask(large, mask), mask))
-        return [_as_bytes(draw_parts(large, shot.parts[row])), masked] if self.mask.config.uses_attention else [masked]
+        return [_as_bytes(draw_parts(large, shot.parts[row])), masked] if self.mask.config.uses_parts else [masked]
 
     def _heading(self) -> str:
-        most = "" if self.mask.config.exact_count else "at most "
-        return f"{self.mask.config.mask} mask: {most}{self.mask.num_masked} of {self.mask.num_patches} patches masked"
+        return f"{self.mask.config.mask} mask: {self.mask.describe_count()} of {self.mask.num_patches} patches masked"
 
     def _legend(self) -> list[Key]:
         keys = [Key([np.full(3, MASKED_GREY)], "masked: the model does not see it")]
-        if self.mask.config.uses_attention:
+        if self.mask.config.uses_parts:
             keys.insert(0, Key(list(distinct_colours(4)), "parts: a colour each, unrelated between pictures"))
         return keys
 

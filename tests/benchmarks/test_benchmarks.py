@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from scipy import ndimage
 
 from benchmarks import cut_quality, mask_cost, mask_statistics, skipped_passes
+from benchmarks.pieces import count_pieces, label_pieces
 from common.evolved_mask import EvolvedMask
 from common.masks import grid_classes
 
@@ -61,7 +63,7 @@ def test_comparison_counts_what_it_compared():
 
 def test_comparison_fails_when_the_shortcut_is_wrong(monkeypatch):
     masker = EvolvedMask((6, 8), 36, 20, num_parts=5)
-    monkeypatch.setattr(masker, "decided_by_grid", lambda grid_draw, part_draw: torch.ones(len(grid_draw), dtype=torch.bool))
+    monkeypatch.setattr(masker, "decided_by_grid", lambda grid_draw, *_: torch.ones(len(grid_draw), dtype=torch.bool))
     with pytest.raises(AssertionError, match="changed a mask"):
         skipped_passes.compare_masks(masker, images=16, epochs=4)
 
@@ -83,7 +85,7 @@ def mask_numbers():
 def test_table_has_all_rows_and_shares_that_add_up(mask_numbers):
     rows = mask_numbers["rows"]
     assert [name for name in rows if name.startswith("alpha")] == [f"alpha = {alpha:g}" for alpha in mask_statistics.ALPHAS]
-    assert list(rows)[-2:] == ["random", "block"]
+    assert list(rows)[len(mask_statistics.ALPHAS) :] == list(mask_statistics.OTHERS)
     for row in rows.values():
         assert row["parts_masked"] + row["parts_visible"] + row["parts_mixed"] == pytest.approx(1)
 
@@ -97,6 +99,15 @@ def test_masks_move_from_the_grid_to_whole_parts(mask_numbers):
     assert parts["equal_to_grid"] < 0.75
     assert parts["same_neighbours"] > 0.8
     assert parts["parts_mixed"] <= 1 / parts["num_parts"] + 1e-9 < grid["parts_mixed"]  # at most one part is cut
+
+
+def test_other_strategies_do_what_their_names_say(mask_numbers):
+    """One visible block has the largest visible pieces, squares larger ones than random; semantic begins with mixed parts."""
+    rows = mask_numbers["rows"]
+    pieces = {name: row["visible_piece"] for name, row in rows.items()}
+    assert max(pieces, key=pieces.get) == "inverse-block"
+    assert pieces["squares"] > pieces["random"]
+    assert rows["semantic"]["parts_mixed"] > rows["random"]["parts_mixed"]
 
 
 def test_table_depends_on_the_seed_alone(mask_numbers):
@@ -234,6 +245,43 @@ def test_cut_quality_compares_with_scikit_learn(tmp_path):
     means = {name: sum(values) / 2 for name, values in scores.items()}
     assert numbers["worst_gap"] == pytest.approx(means["ours"] - max(means[name] for name in cut_quality.SKLEARN))
     assert json.loads((tmp_path / "n.json").read_text())["above"] == numbers["above"]
+
+
+def test_the_table_of_the_prior(tmp_path):
+    """--smooth: without the prior the scores of "ours" in the other table; with the strongest one the parts have fewer pieces."""
+    options = ["--graphs", "3", "--seeds", "2", "--settings", "1"]
+    rows = cut_quality.main([*options, "--smooth", "--json", str(tmp_path / "n.json")])["table"]
+    assert [row["beta"] for row in rows] == list(cut_quality.BETAS)
+    plain = cut_quality.score(cut_quality.SETTINGS[:1], {"ours": cut_quality.ours()}, 3, 2)
+    assert rows[0]["rand"] == plain[0]["scores"]["ours"]
+    assert sum(rows[-1]["pieces"]) < sum(rows[0]["pieces"])
+    assert json.loads((tmp_path / "n.json").read_text())["table"] == rows
+
+
+def test_pieces_by_hand():
+    """Two images of 3 x 4: pieces do not join over corners, over the edge of the grid, or with the next image."""
+    first = [0, 0, 1, 2, 1, 0, 1, 2, 1, 1, 0, 0]
+    parts = torch.tensor([first, [2] * 12])
+    labels = label_pieces(parts, (3, 4))
+    assert labels[0].tolist() == [labels[0][0], labels[0][0], *labels[0][2:4], labels[0][4], labels[0][0], *labels[0][2:4],
+                                  labels[0][4], labels[0][4], labels[0][10], labels[0][10]]  # fmt: skip
+    assert len(labels[0].unique()) == 5
+    assert labels[1].unique().numel() == 1
+    assert not set(labels[1].tolist()) & set(labels[0].tolist())
+    pieces = count_pieces(parts, (3, 4))
+    assert pieces.a_part == pytest.approx(6 / 4)  # parts 0, 1, 2 of the first image, part 2 of the second
+    assert (pieces.single_parts, pieces.single_pieces) == (0.0, 0.0)
+    lonely = count_pieces(torch.tensor([[0, 1, 0, 0], [3, 3, 3, 3]]), (1, 4))
+    assert lonely.single_parts == pytest.approx(1 / 3)  # part 1 of the first image
+    assert lonely.single_pieces == pytest.approx(2 / 4)
+
+
+def test_pieces_equal_scipys_labels():
+    """Random part maps (seed 2): as many pieces as ndimage.label finds part by part."""
+    parts = torch.randint(4, (6, 35), generator=torch.Generator().manual_seed(2))
+    maps = parts.reshape(6, 5, 7).numpy()
+    found = sum(ndimage.label(image == part)[1] for image in maps for part in range(4))
+    assert len(label_pieces(parts, (5, 7)).unique()) == found
 
 
 def test_time_of_the_cut(capsys):

@@ -26,8 +26,10 @@ from common.evolved_mask import (
 from common.masks import BLOCK_ATTEMPTS, BLOCK_DRAWS, block_masks, check_mask, grid_classes
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=60)
-STRATEGIES = ("evolved", "part", "grid", "random", "block", "grid-to-block")
-FROM_MODEL = ("evolved", "part")
+BLENDED = ("evolved", "part", "grid", "random", "block", "grid-to-block")
+RANKED = ("attn-high", "attn-low")  # decided by the attention alone, but for ties
+STRATEGIES = (*BLENDED, "semantic", "inverse-block", "squares", *RANKED)
+FROM_MODEL = ("evolved", "part", "semantic", *RANKED)
 
 
 def seeded(seed):
@@ -201,9 +203,12 @@ def test_contract(strategy, data, random_attention):
     patches, batch, epoch = height * width, data.draw(st.integers(1, 4)), data.draw(st.integers(0, 9))
     masked, parts = data.draw(st.integers(1, patches - 1)), data.draw(st.integers(1, patches))
     ids = data.draw(st.none() | st.lists(st.integers(0, 10**7), min_size=batch, max_size=batch).map(torch.tensor))
-    shortcut, seed = data.draw(st.booleans()), data.draw(st.integers(0, 1000))
-    encoder = Encoder(random_attention(seed, batch, patches + 1))
-    maker = EvolvedMask((height, width), masked, 9, mask=strategy, num_parts=parts, iterations=2, seed=seed, shortcut=shortcut)
+    shortcut, seed, unit = data.draw(st.booleans()), data.draw(st.integers(0, 1000)), data.draw(st.integers(1, 8))
+    encoder, options = (
+        Encoder(random_attention(seed, batch, patches + 1)),
+        {"iterations": 2, "shortcut": shortcut, "mask_unit": unit},
+    )
+    maker = EvolvedMask((height, width), masked, 9, mask=strategy, num_parts=parts, seed=seed, **options)
     maker.set_epoch(epoch)
     made = maker(torch.arange(batch), encoder, ids)
 
@@ -212,12 +217,15 @@ def test_contract(strategy, data, random_attention):
     assert made.skipped.dtype == torch.bool
     assert made.parts.shape == made.mask.shape
     assert (made.parts[made.skipped] == -1).all()
-    assert ((made.parts[~made.skipped] >= 0) & (made.parts[~made.skipped] < parts)).all()
+    if strategy in RANKED:
+        assert (made.parts == -1).all()
+    else:
+        assert ((made.parts[~made.skipped] >= 0) & (made.parts[~made.skipped] < parts)).all()
     wanted = (~made.skipped).nonzero()[:, 0].tolist()
     assert encoder.asked == ([wanted] if wanted else [])
     if strategy not in FROM_MODEL:
         assert made.skipped.all()
-    elif not shortcut or strategy == "part":
+    elif not shortcut or strategy != "evolved":
         assert not made.skipped.any()
 
 
@@ -258,7 +266,7 @@ def expected_masks(maker, made, ids):
 
 
 @pytest.mark.parametrize("epoch", [0, 3, 6, 10])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BLENDED)
 def test_masks_follow_the_equations(strategy, epoch, small):
     """Eq. 2-6, 17 and 18 in numpy, from the published draws and the parts, give the same masks (seed 5)."""
     maker, ids = EvolvedMask((5, 7), 20, 10, mask=strategy, num_parts=6, seed=5, shortcut=False), torch.arange(12) * 1000
@@ -280,6 +288,10 @@ def test_masks_follow_the_equations(strategy, epoch, small):
         ("block", {}, [1.0, 1.0, 1.0]),
         ("grid-to-block", {}, [0.0, 0.25, 1.0]),
         ("grid-to-block", {"gamma": 1.0}, [0.0, 0.5, 1.0]),
+        ("semantic", {}, [0.0, 0.25, 1.0]),
+        ("attn-high", {"alpha": 0.3}, [1.0, 1.0, 1.0]),
+        ("inverse-block", {}, [1.0, 1.0, 1.0]),
+        ("squares", {}, [1.0, 1.0, 1.0]),
     ],
 )
 def test_alpha_of_each_strategy(strategy, options, alphas, small):
@@ -476,7 +488,7 @@ def test_masks_belong_to_the_sample(strategy, epoch, small):
         assert torch.equal(part.parts, whole.parts[rows])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", sorted({*STRATEGIES} - {*RANKED}))
 def test_masks_change_with_epoch_seed_and_id(strategy, small):
     """Another epoch, seed or index of the image gives other masks."""
 
@@ -491,7 +503,7 @@ def test_masks_change_with_epoch_seed_and_id(strategy, small):
         assert not torch.equal(first, masks(*other))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", sorted({*STRATEGIES} - {*RANKED}))
 def test_generator_decides_without_ids(strategy, small):
     """Without ids equal seeds draw equal sequences of masks, other seeds others, and no two batches are alike."""
 
@@ -633,7 +645,7 @@ def test_refused_when_built(arguments, options, named):
         EvolvedMask(*arguments, **options)
 
 
-@pytest.mark.parametrize("strategy", ["grid", "random", "block", "grid-to-block"])
+@pytest.mark.parametrize("strategy", ["grid", "random", "block", "grid-to-block", "inverse-block", "squares"])
 def test_static_masks_take_any_number_of_parts(strategy):
     """K is not looked at by strategies that make no parts."""
     assert EvolvedMask((2, 3), 4, 10, mask=strategy)(torch.zeros(2)).mask.sum() == 8

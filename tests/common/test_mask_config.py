@@ -23,6 +23,8 @@ PAPER = {
     "schedule_epochs": None,
     "num_parts": None,
     "mask_unit": 2,
+    "mask_ratio_range": None,
+    "ratio_draw": "image",
     "parts_start": 40,
     "parts_end": 10,
     "parts_rounding": "nearest",
@@ -47,6 +49,7 @@ PAPER = {
     "scaling": "image",
     "hard_label": "posterior",
     "reseed_empty": True,
+    "smooth": 0.0,
     "grid_draw": "image",
     "ties": "random",
     "masked_end": "highest",
@@ -123,7 +126,8 @@ def test_all_words_are_options():
     """Every option that names its words is checked."""
     assert {name: words for name, words in WORDS.items() if name in ("mask", "direction", "ties")} == {
         "mask": (
-            "evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official", "official",
+            "evolved", "part", "grid", "random", "block", "grid-to-block", "random-units", "block-official",
+            "attn-high", "attn-low", "semantic", "inverse-block", "squares", "official",
         ),
         "direction": ("row", "column", "symmetric"),
         "ties": ("random", "raster"),
@@ -139,8 +143,10 @@ def test_all_words_are_options():
         ("alpha_offset", -1), ("schedule_epochs", 0), ("schedule_epochs", -300),
         ("num_parts", 0), ("parts_start", 0), ("parts_end", 0), ("parts_end", -3), ("parts_jitter", -1),
         ("covariance_floor", 0.0), ("covariance_floor", -0.1), ("covariance_floor", math.nan),
-        ("kappa", 0.0), ("kappa", math.nan), ("iterations", -1),
+        ("kappa", 0.0), ("kappa", math.nan), ("iterations", -1), ("smooth", -0.5), ("smooth", math.inf),
         ("ema_decay", 1.0), ("ema_decay", -0.1), ("ema_decay", math.nan),
+        ("mask_ratio_range", "0.5"), ("mask_ratio_range", "0.9,0.5"), ("mask_ratio_range", "0,0.5"),
+        ("mask_ratio_range", "0.5,1"), ("mask_ratio_range", "a,b"), ("mask_ratio_range", "nan,0.5"),
         ("layers", ""), ("layers", "first"), ("layers", "0,x"), ("layers", "1,,2"),
     ],
 )  # fmt: skip
@@ -195,8 +201,10 @@ def test_parts_range(options, ends, most):
 
 
 def test_uses_attention():
-    """Only the two strategies made of parts look at the model."""
-    assert [word for word in WORDS["mask"] if MaskConfig(mask=word).uses_attention] == ["evolved", "part"]
+    """Three strategies are made of parts, two rank the patches by the attention that they get; no other looks at the model."""
+    assert [word for word in WORDS["mask"] if MaskConfig(mask=word).uses_parts] == ["evolved", "part", "semantic"]
+    looking = [word for word in WORDS["mask"] if MaskConfig(mask=word).uses_attention]
+    assert looking == ["evolved", "part", "attn-high", "attn-low", "semantic"]
 
 
 # --- Rows of the table: what the graph is and how it is cut -----------------------------------------------------
@@ -223,7 +231,7 @@ def cut_directly(maps, graph=None, num_parts=6, **cut):
     """The same parts from the functions themselves and the published draws."""
     start = start_draws(num_parts, PATCHES, PartsOptions(**cut))
     uniforms = hash_uniform(SEED, EPOCH, IDS, Stream.START, start)
-    return partition_parts(patch_graph(maps, **(graph or {})), num_parts, uniforms=uniforms, **cut)
+    return partition_parts(patch_graph(maps, **(graph or {})), num_parts, uniforms=uniforms, grid_size=GRID, **cut)
 
 
 VMF = {"estimator": "vmf"}
@@ -245,6 +253,7 @@ ROWS = {
     "refining steps": ({"start_refine": 0}, {"start": "kmeans++"}, {}),
     "scale": ({"scaling": "none"}, VMF, {}),
     "hard label": ({"hard_label": "per-patch"}, VMF | {"kappa": 5.0, "start": "kmeans++", "start_refine": 0}, {}),
+    "neighbours": ({"smooth": 5.0}, {}, {}),
     "empty parts": ({"reseed_empty": False}, VMF | {"start": "random", "num_parts": 12}, {}),
 }
 

@@ -239,6 +239,45 @@ def test_masks_come_in_shape_and_type_of_the_given(images: Tensor) -> None:
         assert mask.flatten(1).sum(dim=1).tolist() == [20] * 4
 
 
+@pytest.mark.parametrize("mask", ["attn-high", "attn-low", "semantic", "inverse-block", "squares"])
+def test_maskers_of_other_papers_in_every_script(mae: LikeMAE, images: Tensor, mask: str) -> None:
+    """The exact count in MAE and BEiT, in the first epoch and in a later one; attn-high masks what the class token looks at."""
+    flags = f"--mask {mask} --layers last --smooth 2"
+    attached(mae, flags)
+    torch.manual_seed(0)
+    beit = LikeBEiT()
+    attached(beit, flags, upstream="beit")
+    for epoch in (0, 3):
+        set_epoch(mae, epoch)
+        set_epoch(beit, epoch)
+        mask_of_mae = mae.forward_encoder(images, 0.75)[1].bool()
+        assert mask_of_mae.sum(dim=1).tolist() == [48] * 4
+        assert masks_for(beit, images, torch.zeros(4, 64, dtype=torch.bool)).sum(dim=1).tolist() == [20] * 4
+    if mask.startswith("attn"):
+        (attention,) = seam.attention_maps(mae, images, "last")
+        received = attention[:, :, 0, 1:].mean(dim=1)
+        ranked = received.argsort(dim=1, descending=mask == "attn-high")
+        assert mask_of_mae.gather(1, ranked)[:, :48].all()
+
+
+def test_drawn_mask_ratios(mae: LikeMAE, images: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of its own for each image in BEiT, one for a batch in MAE: 32 to 57 of 64 patches."""
+    attached(mae, "--mask random --mask_ratio_range 0.5,0.9 --ratio_draw batch")
+    assert "32 to 57 of 8x8 patches" in capsys.readouterr().out
+    beit = LikeBEiT()
+    attached(beit, "--mask random --mask_ratio_range 0.5,0.9", upstream="beit")
+    seen = set()
+    for epoch in range(4):
+        set_epoch(mae, epoch)
+        set_epoch(beit, epoch)
+        (count,) = mae.forward_encoder(images, 0.75)[1].sum(dim=1).unique().tolist()
+        counts = masks_for(beit, images, torch.zeros(4, 64, dtype=torch.bool)).sum(dim=1)
+        assert 32 <= min(count, *counts.tolist()) <= max(count, *counts.tolist()) <= 57
+        assert len(counts.unique()) > 1
+        seen.add(count)
+    assert len(seen) > 1
+
+
 def test_gradients_survive_autocast_around_the_mask(mae: LikeMAE, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast keeps the weights that it cast; those cast without gradient must not reach the training pass."""
     attached(mae, "--mask part")
@@ -342,6 +381,11 @@ def stopped(capsys: pytest.CaptureFixture[str], call: Callable[[], None]) -> str
         ("--alpha 2", "--alpha must be"),
         ("--graph keys --attention_values scores", "--attention_values must be softmax with graph keys, got 'scores'"),
         ("--graph tokens --heads select", "--heads must be mean with graph tokens, which have none, got 'select'"),
+        (
+            "--mask_ratio_range 0.6,0.9",
+            "--mask_ratio_range masks another number of patches in every image, which this model cannot",
+        ),
+        ("--mask_ratio_range 0.9,0.6", "--mask_ratio_range must be LOW,HIGH with 0 < LOW <= HIGH < 1, such as 0.6,0.9"),
         ("--mask block-official", "--mask block-official may mask fewer patches in some images, which this model cannot take"),
     ],
 )
