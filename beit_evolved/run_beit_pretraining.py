@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -37,7 +37,7 @@ _CROP_RATIO = (3 / 4, 4 / 3)
 class BEiTConfig(MaskTokenConfig):
     """Flags of BEiT. Defaults: the official ImageNet-1K recipe; the learning rate is its 1.5e-3 at batch 2048."""
 
-    models: ClassVar[tuple[str, ...]] = tuple(MODELS)
+    models: ClassVar[Mapping[str, Any]] = MODELS
     official_mask: ClassVar[Strategy] = "block-official"
 
     model: str = option("beit_small_patch16_224_8k_vocab", f"one of {', '.join(MODELS)}", group="model")

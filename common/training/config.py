@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from common.flags import option
 from common.mask_config import Strategy
-from common.models.names import patch_size_of
+from common.models.names import depth_of, patch_size_of
 from common.training.errors import BadInput
 
 __all__ = [
@@ -271,14 +272,14 @@ class RunConfig(OutputConfig, OptimisationConfig, DataConfig, ABC):
 class TrainConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
     """What every pre-training run has besides.
 
-    Class attributes that a method sets: `models`, the names that --model takes (empty: any); `official_mask`, what
+    Class attributes that a method sets: `models`, what --model takes, by name (empty: anything); `official_mask`, what
     `--mask official` stands for; `uneven_masks`, whether images may differ in their count of masked patches.
 
     Raises:
         BadInput: a value outside its range, naming the flag.
     """
 
-    models: ClassVar[tuple[str, ...]] = ()
+    models: ClassVar[Mapping[str, Any]] = {}
     official_mask: ClassVar[Strategy] = "random"
     uneven_masks: ClassVar[bool] = False
 
@@ -306,6 +307,11 @@ class TrainConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
         """(H, W) of the patch grid."""
         patch = patch_size_of(self.model)
         return self.image_size[0] // patch, self.image_size[1] // patch
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the encoder that --model names, without building it."""
+        return depth_of(self.models[self.model])
 
 
 def with_default(config_class: type[Flags], name: str, default: Any) -> Any:

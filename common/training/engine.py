@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from common.attention import Layers, Values, attention_mode
-from common.evolved_mask import AttentionFn, EvolvedMask, MaskBatch
+from common.evolved_mask import AttentionFn, EvolvedMask, MaskBatch, check_for_encoder
 from common.mask_config import MaskConfig
 from common.training.checkpoint import check_same_run, load_weights
 from common.training.config import TrainConfig
@@ -104,24 +104,27 @@ def pretrain(
 
 
 def make_mask(config: TrainConfig, mask_config: MaskConfig, grid_size: tuple[int, int]) -> EvolvedMask:
-    """The mask of a run.
+    """The mask of a run, with everything checked that model and flags decide of it, before there are data or a device.
 
     Raises:
-        BadInput: a strategy, a ratio or a number of parts that does not fit the model or the grid.
+        BadInput: a strategy, a ratio, blocks or a number of parts that do not fit the model or the grid.
     """
     height, width = grid_size
-    if not config.uneven_masks:
-        try:
-            mask_config.check_even_counts()
-        except ValueError as error:
-            raise BadInput(f"--{error}") from None
     try:
         num_masked = mask_config.count_masked(grid_size, config.mask_ratio)
-        return EvolvedMask(grid_size, num_masked, config.epochs, mask_config, seed=config.seed)
+        check_for_encoder(
+            mask_config,
+            depth=config.depth,
+            grid_size=grid_size,
+            num_masked=num_masked,
+            even_counts=not config.uneven_masks,
+        )
     except ValueError as error:
-        raise BadInput(
-            f"{error} (image {config.input_size}, patch grid {height}x{width}; see --mask_ratio, --parts_start)"
-        ) from None
+        if str(error).partition(" ")[0] in {option.name for option in fields(mask_config)}:
+            raise BadInput(f"--{error} (--model {config.model})") from None
+        where = f"image {config.input_size}, patch grid {height}x{width}; see --mask_ratio, --parts_start"
+        raise BadInput(f"{error} ({where})") from None
+    return EvolvedMask(grid_size, num_masked, config.epochs, mask_config, seed=config.seed)
 
 
 class PretrainingTask(Task):

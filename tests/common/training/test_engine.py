@@ -20,6 +20,7 @@ from common.training.errors import BadInput, NonFiniteLoss
 from common.training.interrupt import Interrupted
 from common.training.loop import BEFORE_FAILURE, Loop
 from mae_evolved import main_pretrain
+from tests import methods
 from tests.conftest import assert_same, read_log
 
 Train = Callable[..., Path]
@@ -77,6 +78,25 @@ def test_resume_in_the_middle_of_an_epoch(train: Train, monkeypatch: pytest.Monk
     parts = train("parts", "--save_steps 2")
     assert_same(trained_state(whole), trained_state(parts))
     assert read_log(whole) == read_log(parts)
+
+
+@pytest.mark.parametrize("method", methods.MAINS)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--layers 0,99", r"--layers \[99\] do not exist: the encoder has 12 blocks"),
+        ("--layers 12 --alpha 0", r"--layers \[12\] do not exist"),  # every pass is spared: nothing would ever read them
+        ("--parts_start 17", r"K = 17 parts is above the N = 16 patches .*--parts_start"),
+        ("--mask random-units --mask_unit 3", "--mask_unit"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused_before_data_and_device(tmp_path: Path, method: str, flags: str, message: str) -> None:
+    """There are no data and no such device: neither is looked at first, and nothing is written."""
+    needed = "--tokenizer nowhere" if method == "beit" else ""
+    places = f"--data_path {tmp_path}/nowhere --output_dir {tmp_path}/out --device cuda:77 {needed}"
+    with pytest.raises(BadInput, match=message):
+        methods.MAINS[method](f"--model {methods.MODELS[method]} {methods.COMMON} {places} {flags}".split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_shortcut_and_workers_change_nothing(train: Train) -> None:
