@@ -16,6 +16,7 @@ from common.flags import WideHelp, add_flag, add_mask_flags, mask_config_from, m
 from common.mask_config import MaskConfig
 from common.training.config import FormerFlag, RunConfig, TrainConfig
 from common.training.errors import BadInput, Parser
+from common.training.recipes import find_recipe, list_recipes
 
 HEADINGS = ("data", "optimisation", "run", "model")
 """Order of the groups in --help; others follow."""
@@ -33,7 +34,7 @@ def parse_flags(config_class: type[AnyConfig], program: str, description: str, a
         BadInput: an unknown flag or key, an unreadable file, or a value outside its range.
     """
     parser = make_parser(config_class, program, description)
-    return config_class(**read_values(config_class, parser, get_type_hints(config_class), argv))
+    return config_class(**read_values(config_class, parser, argv))
 
 
 def parse_arguments(config_class: type[Config], program: str, description: str, argv: Sequence[str]) -> tuple[Config, MaskConfig]:
@@ -46,8 +47,7 @@ def parse_arguments(config_class: type[Config], program: str, description: str, 
     """
     parser = make_parser(config_class, program, description)
     add_mask_flags(parser)
-    hints = {**get_type_hints(config_class), **get_type_hints(MaskConfig), "recipe": str}
-    values = read_values(config_class, parser, hints, argv)
+    values = read_values(config_class, parser, argv)
     try:
         mask = mask_config_from(values).with_official(config_class.official_mask)
     except ValueError as error:
@@ -62,7 +62,10 @@ def make_parser(config_class: type[RunConfig], program: str, description: str) -
     usage = f"{program} [flags]"
     parser = Parser(prog=program, description=description, allow_abbrev=False, formatter_class=WideHelp, usage=usage)
     parser.add_argument(
-        "--config", default=argparse.SUPPRESS, metavar="FILE", help="TOML file of flags, such as those in recipes/"
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="RECIPE",
+        help="a recipe by its name, from those at the end of this help, or a TOML file of flags",
     )
     headings = dict.fromkeys((*HEADINGS, *(flag.metadata["group"] for flag in fields(config_class))))
     groups = {heading: parser.add_argument_group(heading) for heading in headings}
@@ -71,7 +74,20 @@ def make_parser(config_class: type[RunConfig], program: str, description: str) -
         add_flag(groups[flag.metadata["group"]], flag, hints[flag.name])
     for name, former in config_class.former_flags.items():
         _add_former_flag(parser, name, former)
+    parser.epilog = _recipes_help(config_class)
     return parser
+
+
+def _recipes_help(config_class: type[RunConfig]) -> str | None:
+    """A line for each recipe of the command."""
+    recipes = list_recipes(config_class, _hints(config_class))
+    return "\n".join(["recipes:", *(f"  {name:<28} {line}" for name, line in recipes.items())]) if recipes else None
+
+
+def _hints(config_class: type[RunConfig]) -> dict[str, Any]:
+    """Types of the flags of a command, by name; those of the mask among them where it has masks."""
+    masks = {**get_type_hints(MaskConfig), "recipe": str} if issubclass(config_class, TrainConfig) else {}
+    return {**get_type_hints(config_class), **masks}
 
 
 def _add_former_flag(parser: argparse.ArgumentParser, name: str, former: FormerFlag) -> None:
@@ -84,14 +100,12 @@ def _add_former_flag(parser: argparse.ArgumentParser, name: str, former: FormerF
         parser.add_argument(f"--{name}", nargs="*", **hidden)
 
 
-def read_values(
-    config_class: type[RunConfig], parser: argparse.ArgumentParser, hints: dict[str, Any], argv: Sequence[str]
-) -> dict[str, Any]:
-    """Flags over the values of the file that --config names; what has no effect is refused or left out."""
-    flags = vars(parser.parse_args(argv))
-    file = flags.pop("config", None)
+def read_values(config_class: type[RunConfig], parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Flags over the values of the recipe that --config names; what has no effect is refused or left out."""
+    flags, hints = vars(parser.parse_args(argv)), _hints(config_class)
+    said = flags.pop("config", None)
     return {
-        **(_read_toml(file, hints, config_class.former_flags) if file else {}),
+        **(_read_toml(find_recipe(config_class, said, hints), hints, config_class.former_flags) if said else {}),
         **_without_former(flags, config_class.former_flags),
     }
 
@@ -118,10 +132,10 @@ def _is(neutral: Any, value: Any) -> bool:
         return False
 
 
-def _read_toml(file: str, hints: dict[str, Any], former_flags: dict[str, FormerFlag]) -> dict[str, Any]:
+def _read_toml(file: Path, hints: dict[str, Any], former_flags: dict[str, FormerFlag]) -> dict[str, Any]:
     """Keys and values of a recipe file, types checked."""
     try:
-        values = tomllib.loads(Path(file).read_text())
+        values = tomllib.loads(file.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInput(f"--config {file}: {error}") from None
     values = _without_former(values, former_flags)
