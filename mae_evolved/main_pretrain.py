@@ -46,7 +46,7 @@ def build(config: MAEConfig) -> PretrainingMethod:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
     config, mask_config = parse_arguments(MAEConfig, PROGRAM, DESCRIPTION, argv)
-    pretrain(config, mask_config, config.grid_size, lambda: build(config))
+    pretrain(config, mask_config, lambda: build(config))
 
 
 if __name__ == "__main__":

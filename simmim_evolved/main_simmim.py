@@ -59,7 +59,7 @@ def build(config: SimMIMConfig) -> PretrainingMethod:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
     config, mask_config = parse_arguments(SimMIMConfig, PROGRAM, DESCRIPTION, argv)
-    pretrain(config, mask_config, config.grid_size, lambda: build(config))
+    pretrain(config, mask_config, lambda: build(config))
 
 
 if __name__ == "__main__":

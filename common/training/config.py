@@ -21,6 +21,7 @@ from common.flags import option
 from common.mask_config import Strategy
 from common.models.names import depth_of, patch_size_of
 from common.training.errors import BadInput
+from common.training.preset import PRETRAINING, Preset, SmallData
 
 __all__ = [
     "AdamWConfig", "DataConfig", "EpochsConfig", "Flags", "FormerFlag", "ImageSetConfig", "Interpolation", "Length", "LrSchedule",
@@ -206,7 +207,8 @@ class EpochsConfig(OptimisationConfig):
         super().__post_init__()
         self._at_least(1, "epochs", "blr_batch")
         self._at_least(0, "blr", "warmup_epochs")
-        self._require("warmup_epochs", self.warmup_epochs <= self.epochs, f"must not be above --epochs {self.epochs}")
+        rule = f"must not be above --epochs {self.epochs} (give less, or --preset small, which works it out)"
+        self._require("warmup_epochs", self.warmup_epochs <= self.epochs, rule)
 
     @property
     def length(self) -> Length:
@@ -260,7 +262,22 @@ class OutputConfig(Flags):
 
 @dataclass(frozen=True)
 class RunConfig(OutputConfig, OptimisationConfig, DataConfig, ABC):
-    """What every run of the loop (common/training/loop.py) has."""
+    """What every run of the loop (common/training/loop.py) has.
+
+    Class attributes: `small`, what --preset small goes by.
+    """
+
+    small: ClassVar[SmallData]
+
+    preset: Preset = option(
+        "none",
+        "small: batch, repeats, warm-up and learning rate for the number of images, K for the number of patches; what a recipe "
+        "or a flag says wins (docs/small_data.md). none: the recipe of the paper",
+        group="optimisation",
+    )
+    preset_chose: tuple[str, ...] = field(
+        default=(), metadata={"help": "names of the flags that the preset filled in", "group": "optimisation", "hidden": True}
+    )
 
     @property
     @abstractmethod
@@ -279,6 +296,7 @@ class TrainConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
         BadInput: a value outside its range, naming the flag.
     """
 
+    small: ClassVar[SmallData] = PRETRAINING
     models: ClassVar[Mapping[str, Any]] = {}
     official_mask: ClassVar[Strategy] = "random"
     uneven_masks: ClassVar[bool] = False

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.evolved_mask import EvolvedMask, MaskConfig
 from common.training.checkpoint import LAST
 from common.training.data import Batch
 from common.training.errors import BadInput, NonFiniteLoss
 from common.training.interrupt import Interrupted
 from common.training.loop import BEFORE_FAILURE, Loop
+from common.training.mask import describe_end
 from mae_evolved import main_pretrain
 from tests import methods
 from tests.conftest import assert_same, read_log
@@ -279,6 +281,38 @@ def test_console_says_what_the_mask_has(train: Train, capsys: pytest.CaptureFixt
     assert [word in line for word in words] == [word in said for word in words]
     assert {"alpha", "num_parts", "skipped_attention"} < read_log(output)[1].keys()
     assert (output / "masks" / "evolution.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--recipe authors", "alpha 0.12, K 7 in the last one (--schedule_epochs 4 fits it to the run)"),  # sqrt(4/300)
+        ("--schedule_epochs 8", "alpha 0.14, K 6 in the last one (--schedule_epochs 4 fits it to the run)"),  # (3/8)^2
+        ("--recipe authors --schedule_epochs 4", ""),
+        ("--recipe authors --mask part", ""),
+        ("--recipe authors --alpha 0.5", ""),
+        ("", ""),
+    ],
+)
+def test_a_run_shorter_than_its_schedule_says_where_it_ends(
+    train: Train, capsys: pytest.CaptureFixture[str], flags: str, said: str
+) -> None:
+    """Before it begins; log.txt then has the same alpha and K."""
+    output = train("run", f"{flags} --parts_jitter 0")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the schedule is for")]
+    assert [line.split(": ", 1)[1] for line in lines] == ([said] if said else [])
+    last = read_log(output)[-1]
+    if said:
+        assert f"alpha {last['alpha']:.2f}, K {last['num_parts']} " in said
+
+
+def test_the_released_recipe_in_ten_epochs_ends_at_018() -> None:
+    """((9 + 1) / 300)^0.5, and K after 9 of 300 epochs of 40 -> 10, rounded down."""
+    config = MaskConfig.from_recipe("authors")
+    assert describe_end(EvolvedMask((14, 14), 147, 10, config)).startswith(
+        "the schedule is for 300 epochs and this run has 10: alpha 0.18, K 39 in the last one"
+    )
+    assert describe_end(EvolvedMask((14, 14), 147, 300, config)) == ""
 
 
 def test_tensorboard_has_scalars_and_pictures(train: Train) -> None:
