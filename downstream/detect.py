@@ -93,7 +93,7 @@ def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
-    config = parse_task(DetectConfig, PROGRAM, DESCRIPTION, argv, count_images)
+    config = parse_task(DetectConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
     train_task(config, partial(build, config))
 
 

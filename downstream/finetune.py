@@ -54,7 +54,7 @@ count_images = count_labelled
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
-    config = parse_task(FinetuneConfig, PROGRAM, DESCRIPTION, argv, count_images)
+    config = parse_task(FinetuneConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
     train_task(config, partial(build, config))
 
 

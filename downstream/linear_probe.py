@@ -94,7 +94,7 @@ count_images = count_labelled
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, extracts features, and trains the heads."""
-    config = parse_task(ProbeConfig, PROGRAM, DESCRIPTION, argv, count_images)
+    config = parse_task(ProbeConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
     train_task(config, partial(build, config))
 
 

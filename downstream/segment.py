@@ -109,7 +109,7 @@ def make_model(config: SegmentConfig, classes: int, processes: Processes, say: C
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, trains and evaluates."""
-    config = parse_task(SegmentConfig, PROGRAM, DESCRIPTION, argv, count_images)
+    config = parse_task(SegmentConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
     train_task(config, partial(build, config))
 
 

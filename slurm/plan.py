@@ -133,8 +133,8 @@ def configuration(module: str, argv: Sequence[str], ranks: int = 1) -> tuple[Run
         raise BadInput(f"{module}: is not a trainer of this project (one configuration and a main)")
     count = getattr(trainer, "count_images", count_source)
     if issubclass(configurations[0], TrainConfig):
-        return parse_arguments(configurations[0], module, "", argv, count, ranks)
-    return parse_flags(configurations[0], module, "", argv, count, ranks), None
+        return parse_arguments(configurations[0], module, "", argv, count=count, ranks=ranks)
+    return parse_flags(configurations[0], module, "", argv, count=count, ranks=ranks), None
 
 
 def check_paths(config: RunConfig, pending: bool = False) -> None:

@@ -35,6 +35,7 @@ def parse_flags(
     program: str,
     description: str,
     argv: Sequence[str],
+    *,
     count: Count = count_source,
     ranks: int | None = None,
 ) -> AnyConfig:
@@ -59,6 +60,7 @@ def parse_arguments(
     program: str,
     description: str,
     argv: Sequence[str],
+    *,
     count: Count = count_source,
     ranks: int | None = None,
 ) -> tuple[Config, MaskConfig]:

@@ -44,7 +44,7 @@ SMALL = "--model mae_vit_tiny_patch4 --input_size 16 --num_workers 0 --picture_e
 
 
 def parse(flags: str, images: int = 60, ranks: int = 1) -> tuple[MAEConfig, MaskConfig]:
-    return parse_arguments(MAEConfig, "p", "", flags.split(), lambda config: images, ranks)
+    return parse_arguments(MAEConfig, "p", "", flags.split(), count=lambda config: images, ranks=ranks)
 
 
 # --- arithmetic ---
@@ -106,7 +106,7 @@ def test_without_it_nothing_is_chosen_and_a_short_run_is_told_of_it() -> None:
     def never(config: Any) -> int:
         raise AssertionError("the images are not looked at")
 
-    config, mask = parse_arguments(MAEConfig, "p", "", [], never)
+    config, mask = parse_arguments(MAEConfig, "p", "", [], count=never)
     assert (config.preset, config.preset_chose, config.batch_size, config.repeat, config.lr) == ("none", (), 64, 1, None)
     assert mask == MaskConfig()
     with pytest.raises(BadInput, match=r"--warmup_epochs must not be above --epochs 10 \(.*--preset small.*\), got 40"):
@@ -154,7 +154,7 @@ def test_the_ranks_of_the_environment_share_the_batch(monkeypatch: pytest.Monkey
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert count_ranks() == 2
-    config, _ = parse_arguments(MAEConfig, "p", "", ["--preset", "small"], lambda config: 60)
+    config, _ = parse_arguments(MAEConfig, "p", "", ["--preset", "small"], count=lambda config: 60)
     assert (config.batch_size, config.accum_iter) == (16, 1)
 
 
@@ -170,7 +170,7 @@ DOWNSTREAM = [
 @pytest.mark.parametrize(("config", "flags", "chosen"), DOWNSTREAM, ids=lambda value: getattr(value, "__name__", None))
 def test_the_other_commands_choose_alike(config: type[RunConfig], flags: str, chosen: dict[str, Any]) -> None:
     """60 images; a segmentation's rate does not go by the batch, and its length is in updates."""
-    made = parse_flags(config, "p", "", [*flags.split(), "--preset", "small"], lambda config: 60, 1)
+    made = parse_flags(config, "p", "", [*flags.split(), "--preset", "small"], count=lambda config: 60, ranks=1)
     assert {name: getattr(made, name) for name in chosen} == chosen
     assert set(made.preset_chose) <= {"batch_size", "accum_iter", "repeat", "warmup_epochs", "warmup_iterations", "lr"}
 
