@@ -26,14 +26,14 @@ $(VENV)/.upstream: requirements-upstream.txt $(VENV)/.dev
 	@touch $@
 
 demo: $(VENV)/.demo  ## pre-train a small MAE with evolved masks on photographs (CPU, minutes)
-	$(RUN) -m mae_evolved.main_pretrain --config mae_evolved/recipes/demo.toml --resume none --output_dir output/demo_mae
+	$(RUN) -m mae_evolved.main_pretrain --config demo --resume none --output_dir output/demo_mae
 
 demo-beit: $(VENV)/.demo  ## train a small tokenizer, then a small BEiT with evolved masks on photographs (CPU, minutes)
-	$(RUN) -m beit_evolved.train_tokenizer --config beit_evolved/recipes/demo_tokenizer.toml --resume none --output_dir output/demo_tokenizer
-	$(RUN) -m beit_evolved.run_beit_pretraining --config beit_evolved/recipes/demo.toml --tokenizer output/demo_tokenizer --resume none --output_dir output/demo_beit
+	$(RUN) -m beit_evolved.train_tokenizer --config demo_tokenizer --resume none --output_dir output/demo_tokenizer
+	$(RUN) -m beit_evolved.run_beit_pretraining --config demo --tokenizer output/demo_tokenizer --resume none --output_dir output/demo_beit
 
 demo-simmim: $(VENV)/.demo  ## pre-train a small SimMIM with evolved masks on photographs (CPU, minutes)
-	$(RUN) -m simmim_evolved.main_simmim --config simmim_evolved/recipes/demo.toml --resume none --output_dir output/demo_simmim
+	$(RUN) -m simmim_evolved.main_simmim --config demo --resume none --output_dir output/demo_simmim
 
 reproduce-tiny: $(VENV)/.dev  ## Table 4 in the small: 19 runs from pre-training to the printed table (CPU, minutes)
 	$(RUN) -m paper.reproduce --table 4 --scale tiny --local

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop, to_tensor
 
 from beit_evolved.model import MODELS
-from beit_evolved.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from beit_evolved.tokenizer import Tokenizer, collapse_warning, fingerprint, load_tokenizer
 from common.mask_config import Strategy
 from common.training.command_line import parse_arguments
 from common.training.config import option, with_default
@@ -37,7 +37,7 @@ _CROP_RATIO = (3 / 4, 4 / 3)
 class BEiTConfig(MaskTokenConfig):
     """Flags of BEiT. Defaults: the official ImageNet-1K recipe; the learning rate is its 1.5e-3 at batch 2048."""
 
-    models: ClassVar[tuple[str, ...]] = tuple(MODELS)
+    models: ClassVar[Mapping[str, Any]] = MODELS
     official_mask: ClassVar[Strategy] = "block-official"
 
     model: str = option("beit_small_patch16_224_8k_vocab", f"one of {', '.join(MODELS)}", group="model")
@@ -124,6 +124,7 @@ def build(config: BEiTConfig) -> PretrainingMethod:
         picture_transform=picture_transform(config),
         not_in_attention=("lm_head",),
         may_miss=("lm_head.",),
+        notes=(collapse_warning(tokenizer.usage, tokenizer.vocabulary),),
         facts={"tokenizer_sha256": fingerprint(config.tokenizer), "vocabulary": tokenizer.vocabulary},
     )
 
@@ -131,7 +132,7 @@ def build(config: BEiTConfig) -> PretrainingMethod:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
     config, mask_config = parse_arguments(BEiTConfig, PROGRAM, DESCRIPTION, argv)
-    pretrain(config, mask_config, config.grid_size, lambda: build(config))
+    pretrain(config, mask_config, lambda: build(config))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Tokenizer(Protocol):
 
     stride: int
     vocabulary: int
+    usage: dict[str, float] | None
 
     def codes(self, images: Tensor) -> Tensor:
         """Colours in 0..1, float [B, 3, P, Q] -> codes, int64 [B, H, W] in 0..V-1."""
@@ -63,12 +64,17 @@ class DiscreteVAE(nn.Module):
 
     The official code's `customized` type builds it with V = 8192, C = 512, 3 layers, 256 wide (the defaults here).
 
+    Attributes:
+        usage: :func:`codebook_usage` over the last epoch of its training, where its file says it.
+
     Args:
         vocabulary: V.
         code_width: C.
         layers: each halves the image; stride is 2^layers.
         width: channels between.
     """
+
+    usage: dict[str, float] | None = None
 
     def __init__(self, vocabulary: int = 8192, code_width: int = 512, layers: int = 3, width: int = 256) -> None:
         super().__init__()
@@ -178,6 +184,7 @@ class DalleEncoder(nn.Module):
 
     GROUPS = 4
     stride = 8
+    usage: dict[str, float] | None = None  # OpenAI's file does not say it
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
@@ -282,10 +289,41 @@ def load_tokenizer(place: str) -> DiscreteVAE | DalleEncoder:
         else:
             state = read_checkpoint(path)
             made = DiscreteVAE.from_state(state.get("weights", state))
+            made.usage = state.get("usage")
     except (KeyError, RuntimeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise BadInput(f"--tokenizer {path}: does not fit a tokenizer: {reason}") from None
     return made.eval().requires_grad_(False)
+
+
+# --- Whether its codes say anything -------------------------------------------------------------------------------
+
+COLLAPSED_SHARE = 0.02
+"""A tokenizer whose perplexity is below this share of its vocabulary (or below 2 codes) has collapsed."""
+
+
+def codebook_usage(counts: Tensor) -> dict[str, float]:
+    """How much of the vocabulary is in use, from counts of the codes [V]: share used at all, and perplexity."""
+    shares = counts.double() / counts.sum()
+    entropy = -(shares * shares.clamp(min=1e-12).log()).sum()
+    return {"codes_used": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
+
+
+def collapse_warning(usage: dict[str, float] | None, vocabulary: int) -> str:
+    """One line where most places have one of a handful of codes, so that predicting them teaches little; else empty.
+
+    Args:
+        usage: :func:`codebook_usage`; None: not known.
+        vocabulary: V.
+    """
+    limit = max(2.0, COLLAPSED_SHARE * vocabulary)
+    if usage is None or usage["perplexity"] >= limit:
+        return ""
+    return (
+        f"warning: the tokenizer has collapsed: {round(usage['codes_used'] * vocabulary)} of {vocabulary} codes in use, "
+        f"perplexity {usage['perplexity']:.1f} where {limit:.0f} would be little; as labels they say next to nothing "
+        "(train it longer, on more images, with more --usage_weight or a smaller --vocabulary)"
+    )
 
 
 def find_tokenizer(place: Path) -> Path:

@@ -11,14 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from beit_evolved.tokenizer import OWN_FILE, DiscreteVAE, to_plus_minus_one
+from beit_evolved.tokenizer import OWN_FILE, DiscreteVAE, codebook_usage, collapse_warning, to_plus_minus_one
 from common.training.checkpoint import check_same_settings, read_checkpoint, save_atomically
 from common.training.command_line import parse_flags
 from common.training.config import AdamWConfig, EpochsConfig, ImageSetConfig, Precision, RunConfig, option, with_default
@@ -27,6 +27,7 @@ from common.training.distributed import start_processes
 from common.training.errors import BadInput, run_cli
 from common.training.loop import Loop
 from common.training.optim import make_optimizer
+from common.training.preset import TOKENIZER, SmallData
 from common.training.sources import open_source
 from common.training.task import Outcome, Run, Task
 
@@ -40,6 +41,8 @@ DESCRIPTION = (
 @dataclass(frozen=True)
 class TokenizerConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
     """Flags of the tokenizer's training. The schedules are DALL-E's in kind; its run is 3 million updates long."""
+
+    small: ClassVar[SmallData] = TOKENIZER
 
     input_size: str = with_default(ImageSetConfig, "input_size", "112")
     crop_scale: tuple[float, float] = with_default(ImageSetConfig, "crop_scale", (0.08, 1.0))
@@ -104,13 +107,6 @@ def from_uniform(log_shares: Tensor) -> Tensor:
     return (log_shares.exp() * (log_shares + math.log(log_shares.shape[1]))).sum(dim=1)
 
 
-def codebook_usage(counts: Tensor) -> dict[str, float]:
-    """How much of the vocabulary is in use, from counts of the codes [V]: share used at all, and perplexity."""
-    shares = counts.double() / counts.sum()
-    entropy = -(shares * shares.clamp(min=1e-12).log()).sum()
-    return {"codes_used": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
-
-
 class TokenizerTask(Task):
     """The discrete VAE, trained on colours in 0..1.
 
@@ -129,6 +125,7 @@ class TokenizerTask(Task):
         self.config, self.samples, self.facts = config, samples, {}
         self.model = model.to(run.device)
         self.counts = self._no_counts()  # of the codes of this rank's images since the last update
+        self.usage: dict[str, float] | None = None  # over the last whole epoch
 
     # --- start ---
 
@@ -142,7 +139,14 @@ class TokenizerTask(Task):
         check_same_settings(state, path, self.config, effective_batch, samples)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.model.state_dict()}  # once more, as in OWN_FILE: --tokenizer reads a checkpoint too
+        return self._tokenizer()  # the weights once more, as in OWN_FILE: --tokenizer reads a checkpoint too
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.usage = state.get("usage")  # older checkpoints do not say it
+
+    def _tokenizer(self) -> dict[str, Any]:
+        """What --tokenizer reads: the official code the weights alone, BEiT's start here also how many codes are in use."""
+        return {"weights": self.model.state_dict(), "usage": self.usage}
 
     def record(self) -> dict[str, Any]:
         return {"method": "tokenizer"}
@@ -172,12 +176,12 @@ class TokenizerTask(Task):
 
     def after_epoch(self, epoch: int, line: dict[str, Any], sums: dict[str, Any], last: bool) -> str:
         """Writes the tokenizer, and its reconstructions of a few images."""
-        usage = codebook_usage(sums["code_counts"])
+        self.usage = usage = codebook_usage(sums["code_counts"])
         temperature = temperature_at((epoch + 1) / self.config.epochs, self.config.temperature)
         line.update(temperature=temperature, **usage)
         if self.run.processes.is_main:
             self._draw()
-            save_atomically({"weights": self.model.state_dict()}, self.run.output / OWN_FILE)
+            save_atomically(self._tokenizer(), self.run.output / OWN_FILE)
         share, perplexity = usage["codes_used"], usage["perplexity"]
         used = f"codes used {share:.0%} of {self.config.vocabulary}, perplexity {perplexity:.0f}"
         return f"temperature {temperature:.3f}  {used}"
@@ -196,7 +200,13 @@ class TokenizerTask(Task):
         Image.fromarray(sheet).save(self.run.output / "reconstructions.png")
 
     def finish(self) -> Outcome:
-        return Outcome({"epoch": self.config.epochs - 1}, files={"tokenizer": self.run.output / OWN_FILE})
+        warning = collapse_warning(self.usage, self.config.vocabulary)
+        return Outcome(
+            metrics={"epoch": self.config.epochs - 1, **(self.usage or {})},
+            details={"collapsed": bool(warning)},
+            summary=warning,
+            files={"tokenizer": self.run.output / OWN_FILE},
+        )
 
 
 def read_state(path: Path, samples: int) -> dict[str, Any]:

@@ -83,6 +83,10 @@ class WideHelp(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36, width=120)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs of one line are filled as usual; a list, which has several, keeps its lines."""
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
 
 class _Switch(argparse.Action):
     """--name sets True, --no_name False, in the style of the official --pin_mem and --no_pin_mem."""

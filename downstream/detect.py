@@ -68,6 +68,11 @@ def check_data(config: DetectConfig) -> None:
                 raise BadInput(f"--data_path {root}: no {place}")
 
 
+def count_images(config: DetectConfig) -> int:
+    """Training images with objects. Raises BadInput: not COCO's layout."""
+    return len(CocoSource(Path(config.data_path), "train"))
+
+
 def make_model(config: DetectConfig, classes: int, say: Callable[[str], None]) -> MaskRCNN:
     """The model that the flags name, its encoder loaded."""
     depth: int = MODELS[config.model].keywords["depth"]
@@ -88,7 +93,7 @@ def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
-    config = parse_task(DetectConfig, PROGRAM, DESCRIPTION, argv)
+    config = parse_task(DetectConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
     train_task(config, partial(build, config))
 
 

@@ -15,7 +15,7 @@ from common.training.errors import run_cli
 from common.training.task import Run
 from downstream.classification.config import FinetuneConfig
 from downstream.classification.evaluation import ClassificationEvaluation
-from downstream.classification.labelled import augmentation, draw_subset, open_labelled, same_classes
+from downstream.classification.labelled import augmentation, count_labelled, draw_subset, open_labelled, same_classes
 from downstream.classification.loss import MixedLoss
 from downstream.classification.model import make_classifier
 from downstream.training import SupervisedTask, layerwise_adamw, parse_task, say_once, train_task
@@ -49,9 +49,12 @@ def build(config: FinetuneConfig, run: Run) -> SupervisedTask:
     )
 
 
+count_images = count_labelled
+
+
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
-    config = parse_task(FinetuneConfig, PROGRAM, DESCRIPTION, argv)
+    config = parse_task(FinetuneConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
     train_task(config, partial(build, config))
 
 

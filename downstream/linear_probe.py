@@ -19,7 +19,7 @@ from common.training.checkpoint import read_checkpoint
 from common.training.data import training_transform
 from common.training.errors import BadInput, run_cli
 from common.training.task import Run
-from downstream.classification.labelled import WithLabel, draw_subset, open_labelled, same_classes
+from downstream.classification.labelled import WithLabel, count_labelled, draw_subset, open_labelled, same_classes
 from downstream.probing.config import ProbeConfig
 from downstream.probing.evaluation import ProbeEvaluation
 from downstream.probing.features import FeatureSource, as_is, extract
@@ -89,9 +89,12 @@ def make_probes(config: ProbeConfig, classes: int, run: Run) -> Probes:
     return Probes(encoder, config.layers, config.pool, norm, classes).to(run.device)
 
 
+count_images = count_labelled
+
+
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, extracts features, and trains the heads."""
-    config = parse_task(ProbeConfig, PROGRAM, DESCRIPTION, argv)
+    config = parse_task(ProbeConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
     train_task(config, partial(build, config))
 
 

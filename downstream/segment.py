@@ -85,6 +85,9 @@ def check_data(config: SegmentConfig) -> int:
     return len(open_sets(config)[1])
 
 
+count_images = check_data
+
+
 def make_model(config: SegmentConfig, classes: int, processes: Processes, say: Callable[[str], None]) -> UperNet:
     """UperNet with the encoder that the flags name; batch norm over all ranks where there are several GPUs."""
     synchronised = processes.world > 1 and processes.device.type == "cuda"
@@ -106,7 +109,7 @@ def make_model(config: SegmentConfig, classes: int, processes: Processes, say: C
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, trains and evaluates."""
-    config = parse_task(SegmentConfig, PROGRAM, DESCRIPTION, argv)
+    config = parse_task(SegmentConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
     train_task(config, partial(build, config))
 
 

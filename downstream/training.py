@@ -272,13 +272,18 @@ def _free_in_evaluation(config: TaskConfig) -> frozenset[str]:
     return frozenset(others - {"input_size", "model_ema"}) | FREE_IN_EVALUATION
 
 
-def parse_task(config_class: type[AnyTask], program: str, description: str, argv: Sequence[str]) -> AnyTask:
+def parse_task(
+    config_class: type[AnyTask], program: str, description: str, argv: Sequence[str], *, count: Callable[[AnyTask], int]
+) -> AnyTask:
     """Command line -> checked configuration, in which --method says what it is: checkpoints then tell BEiT from SimMIM.
+
+    Args:
+        count: training images of a configuration, which --preset asks for.
 
     Raises:
         BadInput: see `parse_flags`, and :func:`choose_method`.
     """
-    config = parse_flags(config_class, program, description, argv)
+    config = parse_flags(config_class, program, description, argv, count=count)
     if config.eval_only and not config.init_from and find_resume(config) is None:
         raise BadInput("--eval_only: no weights to evaluate; give --resume PATH or --init_from PATH")
     return with_method(config)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.training.command_line import parse_arguments
 from common.training.config import TrainConfig, option
@@ -25,7 +25,7 @@ DESCRIPTION = (
 class MAEConfig(TrainConfig):
     """Flags of MAE."""
 
-    models: ClassVar[tuple[str, ...]] = tuple(MODELS)
+    models: ClassVar[Mapping[str, Any]] = MODELS
     model: str = option("mae_vit_small_patch16", f"one of {', '.join(MODELS)}", group="model")
     norm_pix_loss: bool = option(True, "predict pixels normalised within their patch", group="model")
 
@@ -46,7 +46,7 @@ def build(config: MAEConfig) -> PretrainingMethod:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
     config, mask_config = parse_arguments(MAEConfig, PROGRAM, DESCRIPTION, argv)
-    pretrain(config, mask_config, config.grid_size, lambda: build(config))
+    pretrain(config, mask_config, lambda: build(config))
 
 
 if __name__ == "__main__":

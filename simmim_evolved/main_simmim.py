@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.mask_config import Strategy
 from common.training.command_line import parse_arguments
@@ -26,7 +26,7 @@ DESCRIPTION = (
 class SimMIMConfig(MaskTokenConfig):
     """Flags of SimMIM. Defaults: the official ViT recipe (800 epochs, step at 700), its shares kept at 200 epochs."""
 
-    models: ClassVar[tuple[str, ...]] = tuple(MODELS)
+    models: ClassVar[Mapping[str, Any]] = MODELS
     official_mask: ClassVar[Strategy] = "random-units"
 
     model: str = option("simmim_vit_small_patch16", f"one of {', '.join(MODELS)}", group="model")
@@ -59,7 +59,7 @@ def build(config: SimMIMConfig) -> PretrainingMethod:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
     config, mask_config = parse_arguments(SimMIMConfig, PROGRAM, DESCRIPTION, argv)
-    pretrain(config, mask_config, config.grid_size, lambda: build(config))
+    pretrain(config, mask_config, lambda: build(config))
 
 
 if __name__ == "__main__":

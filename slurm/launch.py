@@ -1,7 +1,7 @@
 """Submits a trainer through submitit: `python -m slurm.launch [options] -- MODULE [its flags]`.
 
     python -m slurm.launch --executor slurm --partition gpu --nodes 2 --gpus_per_node 8 --effective_batch 4096 \
-        --batch_per_rank 256 -- mae_evolved.main_pretrain --config mae_evolved/recipes/table4_mae_small_200.toml \
+        --batch_per_rank 256 -- mae_evolved.main_pretrain --config table4_mae_small_200 \
         --data_path IMAGENET --output_dir OUT
 
 The same checks as slurm/*.sh come first. A job that is preempted or reaches its time limit saves its state, is requeued and

@@ -18,9 +18,9 @@ from common.mask_config import MaskConfig
 from common.training.checkpoint import check_same_run, find_resume, read_checkpoint
 from common.training.command_line import parse_arguments, parse_flags
 from common.training.config import ImageSetConfig, RunConfig, TrainConfig
-from common.training.engine import make_mask
 from common.training.errors import BadInput, Parser, run_cli
-from common.training.sources import find_images, open_source
+from common.training.mask import make_mask
+from common.training.sources import count_source, find_images, open_source
 from downstream.training import TaskConfig, check_same_task, with_method
 from slurm.partition import Request, check_partition
 from slurm.upstream import official_command
@@ -99,19 +99,23 @@ def plan(module: str, flags: Sequence[str], resources: Resources, pending: bool 
         if name in flag_names:
             raise BadInput(f"--{name} is worked out from the effective batch, the ranks and what a rank can hold: leave it out")
     words = [*flags, "--batch_size", str(batch_size), "--accum_iter", str(accum_iter)]
-    config, mask_config = configuration(module, words)
+    config, mask_config = configuration(module, words, resources.ranks)
     if isinstance(config, TaskConfig) and not pending:
         config = with_method(config)
     check_paths(config, pending)
     if isinstance(config, TrainConfig) and mask_config is not None:
-        make_mask(config, mask_config, config.grid_size)  # as the trainer's start does: what model and flags decide of it
+        make_mask(config, mask_config)  # as the trainer's start does: what model and flags decide of it
     check_data(module, config, resources.effective_batch)
     check_checkpoint(module, config, mask_config, resources.effective_batch)
     return words
 
 
-def configuration(module: str, argv: Sequence[str]) -> tuple[RunConfig, MaskConfig | None]:
+def configuration(module: str, argv: Sequence[str], ranks: int = 1) -> tuple[RunConfig, MaskConfig | None]:
     """What the module makes of its command line.
+
+    Args:
+        ranks: processes of the run. --preset goes by the training images, which the module's `count_images(config)` counts where
+            it has data in a layout of its own.
 
     Raises:
         BadInput: no such module, one that is no trainer, or flags that it refuses.
@@ -127,9 +131,10 @@ def configuration(module: str, argv: Sequence[str]) -> tuple[RunConfig, MaskConf
     configurations = [member for member in classes if sum(issubclass(other, member) for other in classes) == 1]
     if len(configurations) != 1 or not hasattr(trainer, "main"):
         raise BadInput(f"{module}: is not a trainer of this project (one configuration and a main)")
+    count = getattr(trainer, "count_images", count_source)
     if issubclass(configurations[0], TrainConfig):
-        return parse_arguments(configurations[0], module, "", argv)
-    return parse_flags(configurations[0], module, "", argv), None
+        return parse_arguments(configurations[0], module, "", argv, count=count, ranks=ranks)
+    return parse_flags(configurations[0], module, "", argv, count=count, ranks=ranks), None
 
 
 def check_paths(config: RunConfig, pending: bool = False) -> None:
@@ -155,15 +160,20 @@ def check_data(module: str, config: RunConfig, effective_batch: int) -> None:
     needed = -(-effective_batch // config.repeat)
     images = count_images(module, config, needed)
     if images is not None:
-        check_epoch(images, config.repeat, effective_batch)
+        check_epoch(images, config.repeat, effective_batch, offer=config.preset == "none")
 
 
-def check_epoch(images: int, repeat: int, effective_batch: int) -> None:
-    """Raises BadInput if an epoch of `images` x `repeat` samples does not fill one update."""
+def check_epoch(images: int, repeat: int, effective_batch: int, offer: bool = False) -> None:
+    """Raises BadInput if an epoch of `images` x `repeat` samples does not fill one update.
+
+    Args:
+        offer: the command has a preset that could help.
+    """
+    preset = ", or let --preset small choose it" if offer else ""
     if images * repeat < effective_batch:
         raise BadInput(
             f"an effective batch of {effective_batch} images an update, but an epoch has {images * repeat} "
-            f"({images} images x --repeat {repeat}): nothing would ever be updated (lower the batch, or raise --repeat)"
+            f"({images} images x --repeat {repeat}): nothing would ever be updated (lower the batch, or raise --repeat{preset})"
         )
 
 

@@ -1,8 +1,9 @@
-"""What the name of a model says, and the patch grid of its images."""
+"""What is known of a model before it is built: from its name, and from its row in a table of models."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 def patch_size_of(name: str) -> int:
@@ -11,6 +12,11 @@ def patch_size_of(name: str) -> int:
     if not match:
         raise ValueError(f"model name {name!r} states no patch size")
     return int(match[1])
+
+
+def depth_of(maker: Any) -> int:
+    """Blocks of the encoder that an entry of a table MODELS makes: a `functools.partial` that says its `depth`."""
+    return int(maker.keywords["depth"])
 
 
 def patch_grid(input_size: tuple[int, int], patch_size: int) -> tuple[int, int]:

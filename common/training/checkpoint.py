@@ -36,7 +36,7 @@ FREE_TO_CHANGE = frozenset(
     (
         *("data_path", "download", "num_workers", "pin_mem", "on_bad_image", "batch_size", "accum_iter", "device", "compile"),
         *("output_dir", "log_dir", "resume", "init_from", "save_freq", "save_steps", "picture_epochs", "picture_images"),
-        "dist_timeout",
+        *("dist_timeout", "preset", "preset_chose"),  # what the preset chose is compared flag by flag
         "tokenizer",  # its content is checked instead, as one of the method's facts
     )
 )

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from common.flags import option
 from common.mask_config import Strategy
-from common.models.names import patch_size_of
+from common.models.names import depth_of, patch_size_of
 from common.training.errors import BadInput
+from common.training.preset import PRETRAINING, Preset, SmallData
 
 __all__ = [
     "AdamWConfig", "DataConfig", "EpochsConfig", "Flags", "FormerFlag", "ImageSetConfig", "Interpolation", "Length", "LrSchedule",
@@ -205,7 +207,8 @@ class EpochsConfig(OptimisationConfig):
         super().__post_init__()
         self._at_least(1, "epochs", "blr_batch")
         self._at_least(0, "blr", "warmup_epochs")
-        self._require("warmup_epochs", self.warmup_epochs <= self.epochs, f"must not be above --epochs {self.epochs}")
+        rule = f"must not be above --epochs {self.epochs} (give less, or --preset small, which works it out)"
+        self._require("warmup_epochs", self.warmup_epochs <= self.epochs, rule)
 
     @property
     def length(self) -> Length:
@@ -259,7 +262,22 @@ class OutputConfig(Flags):
 
 @dataclass(frozen=True)
 class RunConfig(OutputConfig, OptimisationConfig, DataConfig, ABC):
-    """What every run of the loop (common/training/loop.py) has."""
+    """What every run of the loop (common/training/loop.py) has.
+
+    Class attributes: `small`, what --preset small goes by.
+    """
+
+    small: ClassVar[SmallData]
+
+    preset: Preset = option(
+        "none",
+        "small: batch, repeats, warm-up and learning rate for the number of images, K for the number of patches; what a recipe "
+        "or a flag says wins (docs/small_data.md). none: the recipe of the paper",
+        group="optimisation",
+    )
+    preset_chose: tuple[str, ...] = field(
+        default=(), metadata={"help": "names of the flags that the preset filled in", "group": "optimisation", "hidden": True}
+    )
 
     @property
     @abstractmethod
@@ -271,14 +289,15 @@ class RunConfig(OutputConfig, OptimisationConfig, DataConfig, ABC):
 class TrainConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
     """What every pre-training run has besides.
 
-    Class attributes that a method sets: `models`, the names that --model takes (empty: any); `official_mask`, what
+    Class attributes that a method sets: `models`, what --model takes, by name (empty: anything); `official_mask`, what
     `--mask official` stands for; `uneven_masks`, whether images may differ in their count of masked patches.
 
     Raises:
         BadInput: a value outside its range, naming the flag.
     """
 
-    models: ClassVar[tuple[str, ...]] = ()
+    small: ClassVar[SmallData] = PRETRAINING
+    models: ClassVar[Mapping[str, Any]] = {}
     official_mask: ClassVar[Strategy] = "random"
     uneven_masks: ClassVar[bool] = False
 
@@ -306,6 +325,11 @@ class TrainConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
         """(H, W) of the patch grid."""
         patch = patch_size_of(self.model)
         return self.image_size[0] // patch, self.image_size[1] // patch
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the encoder that --model names, without building it."""
+        return depth_of(self.models[self.model])
 
 
 def with_default(config_class: type[Flags], name: str, default: Any) -> Any:

@@ -162,10 +162,11 @@ class RankBatches(Sampler[list[Key]]):
         self.effective_batch = self.batch_size * self.accum_iter * self.world
         self.updates = length // self.effective_batch
         if self.updates == 0:
+            preset = ", or let --preset small choose" if config.preset == "none" else ""
             raise BadInput(
                 f"--batch_size {self.batch_size} x --accum_iter {self.accum_iter} x {self.world} ranks = {self.effective_batch} "
                 f"images an update, but an epoch has {length}: nothing would ever be updated "
-                f"(lower them, or raise --repeat {config.repeat})"
+                f"(lower them, or raise --repeat {config.repeat}{preset})"
             )
         self.epoch, self.first_update = 0, 0
 

@@ -94,6 +94,13 @@ def start_processes(device: str, timeout_minutes: float = 30) -> Processes:
     return Processes(rank, world, local_rank, chosen)
 
 
+def count_ranks() -> int:
+    """Processes of the run, as :func:`start_processes` will find them."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return int(os.environ["SLURM_STEP_NUM_TASKS"])
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables for one task of a Slurm step, from Slurm's own.
 

@@ -26,9 +26,10 @@ from common.training.checkpoint import check_same_run, load_weights
 from common.training.config import TrainConfig
 from common.training.data import Batch, RankBatches, Samples, Transform, denormalise
 from common.training.distributed import start_processes
-from common.training.errors import BadInput
 from common.training.loop import Loop
+from common.training.mask import describe_end, make_mask
 from common.training.optim import EncoderEMA, make_optimizer
+from common.training.preset import offer_parts
 from common.training.sources import Source, open_source
 from common.training.task import Outcome, Run, Task
 from common.visualize import MaskPictures, describe_schedule
@@ -61,6 +62,7 @@ class PretrainingMethod:
         may_miss: prefixes of state-dict keys that an encoder-only checkpoint lacks.
         facts: plain values that the targets depend on (which tokenizer, say); written to run.json and to checkpoints,
             and a resumed run must have the same.
+        notes: lines for the user that the start of a run says.
     """
 
     name: str
@@ -71,6 +73,7 @@ class PretrainingMethod:
     not_in_attention: tuple[str, ...] = ()
     may_miss: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
@@ -79,20 +82,17 @@ def reconstruction_loss(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
     return loss
 
 
-def pretrain(
-    config: TrainConfig, mask_config: MaskConfig, grid_size: tuple[int, int], build: Callable[[], PretrainingMethod]
-) -> None:
+def pretrain(config: TrainConfig, mask_config: MaskConfig, build: Callable[[], PretrainingMethod]) -> None:
     """Trains from the command line's configuration to the last checkpoint.
 
     Args:
-        grid_size: (H, W) of the patch grid.
         build: makes the method; called once the configuration, the data and the mask are known to be usable.
 
     Raises:
         BadInput: nothing usable in the data, the flags or the checkpoint.
         NonFiniteLoss: the loss or gradient became NaN or infinite.
     """
-    mask = make_mask(config, mask_config, grid_size)
+    mask = make_mask(config, mask_config)
     source = open_source(config)
     processes = start_processes(config.device, config.dist_timeout)
     try:
@@ -104,27 +104,6 @@ def pretrain(
         Loop(run, PretrainingTask(run, config, mask_config, method, mask, samples.source), samples, batches).train()
     finally:
         processes.close()
-
-
-def make_mask(config: TrainConfig, mask_config: MaskConfig, grid_size: tuple[int, int]) -> EvolvedMask:
-    """The mask of a run.
-
-    Raises:
-        BadInput: a strategy, a ratio or a number of parts that does not fit the model or the grid.
-    """
-    height, width = grid_size
-    if not config.uneven_masks:
-        try:
-            mask_config.check_even_counts()
-        except ValueError as error:
-            raise BadInput(f"--{error}") from None
-    try:
-        num_masked = mask_config.count_masked(grid_size, config.mask_ratio)
-        return EvolvedMask(grid_size, num_masked, config.epochs, mask_config, seed=config.seed)
-    except ValueError as error:
-        raise BadInput(
-            f"{error} (image {config.input_size}, patch grid {height}x{width}; see --mask_ratio, --parts_start)"
-        ) from None
 
 
 class PretrainingTask(Task):
@@ -178,7 +157,14 @@ class PretrainingTask(Task):
 
     def title(self) -> str:
         patches = f"{self.mask.describe_count()} of {self.mask.height}x{self.mask.width} patches"
-        return f"{self.method.name} {self.config.model}, mask {self.mask_config.mask}: {patches}"
+        first, last = self.mask_config.parts_range
+        parts = f", K {first} -> {last}" if self.mask_config.uses_parts else ""
+        return f"{self.method.name} {self.config.model}, mask {self.mask_config.mask}: {patches}{parts}"
+
+    def notes(self) -> list[str]:
+        patches = self.mask.height * self.mask.width
+        lines = [*self.method.notes, describe_end(self.mask), offer_parts(self.config, self.mask_config, patches)]
+        return [line for line in lines if line]
 
     # --- updates ---
 

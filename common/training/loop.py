@@ -25,6 +25,8 @@ from common.training.data import Batch, RankBatches, Samples, make_loader
 from common.training.errors import BadInput, NonFiniteLoss
 from common.training.interrupt import Interrupted, Interruption
 from common.training.optim import Schedule, absolute_lr
+from common.training.pace import Pace
+from common.training.preset import describe_choice, offer_preset, preset_record
 from common.training.runlog import progress, run_facts
 from common.training.stopwatch import PHASES, Stopwatch
 from common.training.task import Outcome, Run, Task, flatten_tallies, losses_by_name, split_tallies
@@ -91,6 +93,7 @@ class Loop:
         self.optimizer = task.make_optimizer(self.peak_lr)
         self.first_epoch = self.first_update = 0
         self.meters: dict[str, Any] = {}
+        self.pace = Pace(0)
         self.interruption, self.asked_to_stop = Interruption(), False
         if run.resumed_from is not None:
             self._load_checkpoint(run.resumed_from)
@@ -129,12 +132,20 @@ class Loop:
             "effective_batch": self.batches.effective_batch, "lr": self.peak_lr, "precision": str(self.run.precision),
             "samples": len(self.samples), "updates_an_epoch": self.batches.updates, "updates": self.schedule.total_updates,
         }  # fmt: skip
-        facts = run_facts(self.config, self.processes, self.run.resumed_from, **numbers, **self.task.record(), **self.task.facts)
+        record, images, ends = self.task.record(), len(self.samples.source), self.schedule
+        numbers["preset"] = preset_record(self.config, record.get("mask"))
+        facts = run_facts(self.config, self.processes, self.run.resumed_from, **numbers, **record, **self.task.facts)
         self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates + self.first_update)
+        repeats = f" x {self.config.repeat} crops" if self.config.repeat > 1 else ""
         self.log.say(
-            f"{self.task.title()}; {len(self.samples)} samples an epoch, effective batch {self.batches.effective_batch}, "
-            f"{self.schedule.total_updates} updates, lr {self.peak_lr:.3g}, {self.run.place}"
+            f"{self.task.title()}; {images} images{repeats}, {ends.epochs} epochs of {self.batches.updates} updates of "
+            f"{self.batches.effective_batch} images = {ends.total_updates} updates, lr {self.peak_lr:.3g}, {self.run.place}"
         )
+        chosen = describe_choice(self.config, record.get("mask"), images)
+        offer = offer_preset(self.config, self.batches.updates, ends.total_updates, self.peak_lr)
+        for line in (chosen, *self.task.notes(), offer):
+            if line:
+                self.log.say(line)
 
     # --- the loop ---
 
@@ -151,6 +162,7 @@ class Loop:
             if self.first_epoch < self.schedule.epochs:
                 self.log.forget_result()
             loader = make_loader(self.samples, self.batches, self.config, self.processes, self.task.collate)
+            self.pace = Pace(self.schedule.total_updates - self.first_epoch * self.batches.updates - self.first_update)
             for epoch in range(self.first_epoch, self.schedule.epochs):
                 self.log.update = epoch * self.batches.updates
                 self.task.before_epoch(epoch, self.first_update)
@@ -165,9 +177,11 @@ class Loop:
         stream = iter(loader)
         last = self.schedule.updates_in(epoch)
         updates = range(self.first_update, last)
-        bar = progress(updates, len(updates), f"epoch {epoch + 1}/{self.schedule.epochs}", self.processes.is_main)
+        bar = progress(updates, last, f"epoch {epoch + 1}/{self.schedule.epochs}", self.log, self.pace)
         for update in bar:
             self._train_update(epoch, update, stream, watch)
+            if estimate := self.pace.update_done():
+                self.log.say(estimate)
             bar.set_postfix_str(self._progress(watch))
             if update + 1 < last:
                 self._between_updates(epoch, update + 1)

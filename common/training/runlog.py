@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from common.mask_config import MaskConfig
 from common.training.config import RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput
+from common.training.pace import Pace
 
 RESULT = "result.json"
 """Written when a run is finished, and only then: launchers and tables go by it."""
@@ -137,25 +138,42 @@ def run_facts(
     }
 
 
-def progress(steps: Iterable[Any], total: int, title: str, active: bool) -> Any:
-    """A progress bar around `steps`; nothing is drawn where stderr is not a terminal, or without tqdm."""
+def progress(steps: range, last: int, title: str, log: RunLog, pace: Pace) -> Any:
+    """A progress bar around `steps`, or a line every minute where stderr is no terminal or there is no tqdm.
+
+    Args:
+        steps: updates of an epoch, which may be taken up in its middle.
+        last: updates of the whole epoch.
+        log: says the lines; silent on ranks other than the main one.
+        pace: of the run.
+    """
     bar = _tqdm()
-    if not (bar and active):
-        return _Silent(steps)
-    return bar(steps, total=total, desc=title, dynamic_ncols=True, leave=False, disable=None, unit="step")
+    if bar and log.active and sys.stderr.isatty():
+        return bar(steps, total=len(steps), desc=title, dynamic_ncols=True, leave=False, unit="step")
+    return ProgressLines(steps, last, title, log.say, pace)
 
 
-class _Silent:
-    """Stands in for a progress bar."""
+SECONDS_BETWEEN_LINES = 60.0
 
-    def __init__(self, steps: Iterable[Any]) -> None:
-        self.steps = steps
 
-    def __iter__(self) -> Any:
-        return iter(self.steps)
+class ProgressLines:
+    """Stands in for a progress bar in a file: what the bar would show, once a minute. See :func:`progress`."""
+
+    def __init__(self, steps: range, last: int, title: str, say: Callable[[str], None], pace: Pace) -> None:
+        self.steps, self.last, self.title, self.say, self.pace = steps, last, title, say, pace
+        self.done, self.said_at = steps.start, pace.clock()
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self.steps:
+            self.done = step + 1
+            yield step
 
     def set_postfix_str(self, text: str) -> None:
-        pass
+        """Called after each step: `text` as the bar shows it."""
+        now = self.pace.clock()
+        if now - self.said_at >= SECONDS_BETWEEN_LINES and self.done < self.last:
+            self.said_at = now
+            self.say("  ".join(word for word in (self.title, f"update {self.done}/{self.last}", text, self.pace.words()) if word))
 
 
 def _tqdm() -> Any:

@@ -124,6 +124,11 @@ def open_source(config: ImageSetConfig) -> ImageSource:
     return ArraySource(_torchvision_images(kind, config.data_path, config.download), kind)
 
 
+def count_source(config: ImageSetConfig) -> int:
+    """Images that --dataset and --data_path name. Raises BadInput as :func:`open_source` does."""
+    return len(open_source(config))
+
+
 def find_images(root: Path) -> list[Path]:
     """Images of `root`/train/<class>/, `root`/<class>/, or directly in one of those, sorted.
 

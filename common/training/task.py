@@ -79,9 +79,9 @@ class Task(ABC):
     """What is trained, and on what loss.
 
     In the order in which the loop calls them: :meth:`make_optimizer`; on resume :meth:`read_checkpoint`,
-    :meth:`check_same_run` and :meth:`load_state_dict`; :meth:`record` and :meth:`title`; for each epoch :meth:`before_epoch`;
-    for each batch :meth:`prepare` and :meth:`loss`; after an update :meth:`tallies` and :meth:`progress`; after an epoch
-    :meth:`after_epoch`, then :meth:`state_dict`; at the end :meth:`finish`.
+    :meth:`check_same_run` and :meth:`load_state_dict`; :meth:`record`, :meth:`title` and :meth:`notes`; for each epoch
+    :meth:`before_epoch`; for each batch :meth:`prepare` and :meth:`loss`; after an update :meth:`tallies` and :meth:`progress`;
+    after an epoch :meth:`after_epoch`, then :meth:`state_dict`; at the end :meth:`finish`.
 
     Attributes:
         kind: what result.json says that it is the result of.
@@ -133,6 +133,10 @@ class Task(ABC):
     @abstractmethod
     def title(self) -> str:
         """What is about to run, for people."""
+
+    def notes(self) -> list[str]:
+        """More lines for people at the start: warnings, and what else they should know."""
+        return []
 
     # --- updates ---
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from common.training.config import EpochsConfig, ImageSetConfig, RunConfig, option, with_default
+from common.training.preset import FINETUNING, SmallData
 from downstream.classification.labelled import is_rand_augment
 from downstream.training import TaskConfig, TunedEncoderConfig
 
@@ -13,6 +14,8 @@ from downstream.training import TaskConfig, TunedEncoderConfig
 @dataclass(frozen=True)
 class FinetuneConfig(EpochsConfig, TunedEncoderConfig, ImageSetConfig, TaskConfig):
     """Flags of fine-tuning."""
+
+    small: ClassVar[SmallData] = FINETUNING
 
     pool: Literal["mean", "cls"] = option(
         "mean",

@@ -103,6 +103,12 @@ def open_labelled(config: ImageSetConfig, train: bool) -> LabelledImages:
     return LabelledImages(ArraySource(images, kind), [int(label) for label in labels], classes)
 
 
+def count_labelled(config: Any) -> int:
+    """Training images of fine-tuning and of linear probes, as many as --subset leaves. Raises BadInput: see `open_labelled`."""
+    images = len(open_labelled(config, train=True))
+    return min(images, config.subset) if config.subset else images
+
+
 def same_classes(train: LabelledImages, val: LabelledImages, data_path: str) -> None:
     """Raises BadInput unless both sets name the same classes in the same order."""
     differ = sorted(set(train.classes) ^ set(val.classes))

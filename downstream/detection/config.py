@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from common.models.names import patch_size_of
 from common.training.config import EpochsConfig, FormerFlag, Interpolation, LrSchedule, RunConfig, option, with_default
+from common.training.preset import DETECTION, SmallData
 from downstream.detection.mask_rcnn import COARSEST
 from downstream.training import TaskConfig, TunedEncoderConfig
 
@@ -19,6 +20,7 @@ class DetectConfig(EpochsConfig, TunedEncoderConfig, TaskConfig):
         BadInput: a value outside its range, naming the flag.
     """
 
+    small: ClassVar[SmallData] = DETECTION
     former_flags: ClassVar[dict[str, FormerFlag]] = {
         "dataset": FormerFlag("auto", "does not go with detection, which reads COCO's layout in --data_path"),
         "download": FormerFlag(False, "does not go with detection, which reads COCO's layout in --data_path"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.training.config import EpochsConfig, FormerFlag, ImageSetConfig, RunConfig, option, with_default
+from common.training.preset import PROBING, SmallData
 from downstream.training import TaskConfig
 from downstream.vit import MODELS
 
@@ -14,6 +15,7 @@ from downstream.vit import MODELS
 class ProbeConfig(EpochsConfig, ImageSetConfig, TaskConfig):
     """Flags of the linear probe."""
 
+    small: ClassVar[SmallData] = PROBING
     former_flags: ClassVar[dict[str, FormerFlag]] = {
         "drop_path": FormerFlag(0.0, "has no effect on linear probing: the encoder is frozen"),
         "layer_decay": FormerFlag(1.0, "has no effect on linear probing: the encoder is frozen"),

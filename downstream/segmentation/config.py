@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.training.config import FormerFlag, Length, LrSchedule, RunConfig, option, with_default
+from common.training.preset import SEGMENTATION, SmallData
 from downstream.segmentation.data import MOST_CLASSES
 from downstream.segmentation.upernet import NormKind
 from downstream.training import TaskConfig, TunedEncoderConfig
@@ -33,6 +34,7 @@ class SegmentConfig(TunedEncoderConfig, TaskConfig):
         BadInput: a value outside its range, naming the flag.
     """
 
+    small: ClassVar[SmallData] = SEGMENTATION
     former_flags: ClassVar[dict[str, FormerFlag]] = FORMER_FLAGS
     evaluation_flags: ClassVar[tuple[str, ...]] = ("inference", "slide_stride", "test_scales", "test_flip")
 
@@ -78,7 +80,8 @@ class SegmentConfig(TunedEncoderConfig, TaskConfig):
         self._at_least(1, "iterations", "auxiliary_channels")
         self._at_least(0, "classes", "warmup_iterations", "auxiliary_weight", "decoder_channels", "slide_stride")
         self._require("classes", self.classes <= MOST_CLASSES, f"must be at most {MOST_CLASSES}")
-        self._require("warmup_iterations", self.warmup_iterations <= self.iterations, f"is above --iterations {self.iterations}")
+        rule = f"is above --iterations {self.iterations} (give less, or --preset small, which works it out)"
+        self._require("warmup_iterations", self.warmup_iterations <= self.iterations, rule)
         self._require("scale", 0 < self.scale[0] <= self.scale[1], "must be 0 < low <= high")
         self._require("cat_max_ratio", 0 < self.cat_max_ratio <= 1, "must be in (0, 1]")
         self._require("head_dropout", 0 <= self.head_dropout < 1, "must be in [0, 1)")

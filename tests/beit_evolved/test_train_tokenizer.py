@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_evolved.tokenizer import OWN_FILE, DiscreteVAE, load_tokenizer
+from beit_evolved import run_beit_pretraining
+from beit_evolved.tokenizer import OWN_FILE, DiscreteVAE, codebook_usage, collapse_warning, load_tokenizer
 from beit_evolved.train_tokenizer import (
     PROGRAM,
     TokenizerConfig,
-    codebook_usage,
     main,
     temperature_at,
     vae_loss,
@@ -31,6 +31,7 @@ from common.training.distributed import Processes
 from common.training.errors import BadInput
 from common.training.loop import Loop
 from common.training.sources import open_source
+from tests import methods
 from tests.conftest import ROOT, assert_same, free_ports, read_log, run_module
 
 TINY = "--input_size 16 --batch_size 8 --epochs 4 --repeat 2 --lr 3e-3 --vocabulary 16 --code_width 8 --layers 2 --width 8 "
@@ -50,7 +51,7 @@ def test_training_is_logged_and_loads(image_folder: Path, tmp_path: Path) -> Non
     assert log[-1]["temperature"] == pytest.approx(0.0625)
     tokenizer = load_tokenizer(str(output))
     assert (tokenizer.vocabulary, tokenizer.stride) == (16, 4)
-    assert list(torch.load(output / "pytorch_model.bin", weights_only=True)) == ["weights"]
+    assert list(torch.load(output / "pytorch_model.bin", weights_only=True)) == ["weights", "usage"]
     with Image.open(output / "reconstructions.png") as sheet:
         assert sheet.size == (8 * 16, 2 * 16)
     assert json.loads((output / "run.json").read_text())["config"]["vocabulary"] == 16
@@ -201,6 +202,44 @@ def test_loss_terms() -> None:
     mean = shares.mean(dim=(0, 2, 3))
     assert loss(usage_weight=3.0) == pytest.approx(plain + 3 * (mean * (mean * 4).log()).sum().item(), rel=1e-4)
     assert torch.equal(vae_loss(model, images, 1.0)[1], model.codes(images))
+
+
+def test_a_collapsed_tokenizer_warns_at_its_end_and_at_the_start_of_beit(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate that breaks the codes: one code of 64 is left. The warning is in result.json, and BEiT repeats it (seed 0)."""
+    output = train(image_folder, tmp_path / "run", "--lr 1 --vocabulary 64 --usage_weight 0 --epochs 2 --clip_grad 100")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the tokenizer has collapsed")]
+    result = json.loads((output / "result.json").read_text())
+    last = read_log(output)[-1]
+    assert result["collapsed"] is True
+    assert result["metrics"]["perplexity"] == last["perplexity"] < 2  # type: ignore[operator]
+    assert result["metrics"]["codes_used"] == last["codes_used"]
+    assert len(said) == 1
+    assert f"{round(64 * float(str(last['codes_used'])))} of 64 codes in use" in said[0]
+    train(image_folder, tmp_path / "run", "--lr 1 --vocabulary 64 --usage_weight 0 --epochs 2 --clip_grad 100")  # finished
+    assert said[0] in capsys.readouterr().out.splitlines()
+    flags = methods.flags("beit", image_folder, tmp_path).split("--tokenizer")[0]
+    run_beit_pretraining.main(f"{flags} --tokenizer {output} --output_dir {tmp_path}/beit --epochs 1".split())
+    assert said[0] in capsys.readouterr().out.splitlines()
+    run_beit_pretraining.main(f"{flags} --tokenizer {output / LAST} --output_dir {tmp_path}/beit2 --epochs 1".split())
+    assert said[0] in capsys.readouterr().out.splitlines()
+
+
+def test_a_tokenizer_in_use_does_not_warn(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = train(image_folder, tmp_path / "run", "--epochs 8")
+    assert json.loads((output / "result.json").read_text())["collapsed"] is False
+    assert "collapsed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "vocabulary", "warns"),
+    [(1.9, 16, True), (2.0, 16, False), (163.0, 8192, True), (164.0, 8192, False), (10.2, 512, True), (10.3, 512, False)],
+)
+def test_what_counts_as_collapsed(perplexity: float, vocabulary: int, warns: bool) -> None:
+    """Below 2 % of the vocabulary, and below 2 codes; a tokenizer that does not say is not blamed."""
+    assert bool(collapse_warning({"codes_used": 0.5, "perplexity": perplexity}, vocabulary)) == warns
+    assert collapse_warning(None, vocabulary) == ""
 
 
 def test_schedule_and_usage() -> None:

@@ -286,6 +286,7 @@ def test_what_is_no_graph_is_refused(signal, options, message):
 # --- Masks from it ------------------------------------------------------------------------------------------------
 
 MEANINGLESS = [
+    ({"graph": "keys", "mask": "attn-high"}, "graph must be attention with mask attn-high"),
     ({"similarity": "vectors"}, "similarity must be cosine with graph attention"),
     ({"remove_position": True}, "remove_position must be off with graph attention"),
     ({"graph": "keys", "attention_values": "scores"}, "attention_values must be softmax with graph keys, got 'scores'"),

@@ -100,6 +100,8 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
         ("--mask_ratio 2", "--mask_ratio must be inside"),
         ("--input_size 64", "image 64, patch grid 4x4"),  # 40 parts of 16 patches
         ("--mask block-official", "--mask block-official may mask fewer patches in some images"),
+        ("--layers 0,99", "--layers [99] do not exist: the encoder has 12 blocks (--model mae_vit_small_patch16)"),
+        ("--layers 0,99 --alpha 0", "--layers [99] do not exist: the encoder has 12 blocks"),  # all passes are spared
     ],
 )
 def test_refused(image_folder: Path, tmp_path: Path, flags: str, message: str) -> None:

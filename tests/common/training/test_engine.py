@@ -14,12 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.evolved_mask import EvolvedMask, MaskConfig
 from common.training.checkpoint import LAST
 from common.training.data import Batch
 from common.training.errors import BadInput, NonFiniteLoss
 from common.training.interrupt import Interrupted
 from common.training.loop import BEFORE_FAILURE, Loop
+from common.training.mask import describe_end
 from mae_evolved import main_pretrain
+from tests import methods
 from tests.conftest import assert_same, read_log
 
 Train = Callable[..., Path]
@@ -80,6 +83,25 @@ def test_resume_in_the_middle_of_an_epoch(train: Train, monkeypatch: pytest.Monk
     parts = train("parts", "--save_steps 2")
     assert_same(trained_state(whole), trained_state(parts))
     assert read_log(whole) == read_log(parts)
+
+
+@pytest.mark.parametrize("method", methods.MAINS)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--layers 0,99", r"--layers \[99\] do not exist: the encoder has 12 blocks"),
+        ("--layers 12 --alpha 0", r"--layers \[12\] do not exist"),  # every pass is spared: nothing would ever read them
+        ("--parts_start 17", r"K = 17 parts is above the N = 16 patches .*--parts_start"),
+        ("--mask random-units --mask_unit 3", "--mask_unit"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused_before_data_and_device(tmp_path: Path, method: str, flags: str, message: str) -> None:
+    """There are no data and no such device: neither is looked at first, and nothing is written."""
+    needed = "--tokenizer nowhere" if method == "beit" else ""
+    places = f"--data_path {tmp_path}/nowhere --output_dir {tmp_path}/out --device cuda:77 {needed}"
+    with pytest.raises(BadInput, match=message):
+        methods.MAINS[method](f"--model {methods.MODELS[method]} {methods.COMMON} {places} {flags}".split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_shortcut_and_workers_change_nothing(train: Train) -> None:
@@ -262,6 +284,38 @@ def test_console_says_what_the_mask_has(train: Train, capsys: pytest.CaptureFixt
     assert [word in line for word in words] == [word in said for word in words]
     assert {"alpha", "num_parts", "skipped_attention"} < read_log(output)[1].keys()
     assert (output / "masks" / "evolution.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--recipe authors", "alpha 0.12, K 7 in the last one (--schedule_epochs 4 fits it to the run)"),  # sqrt(4/300)
+        ("--schedule_epochs 8", "alpha 0.14, K 6 in the last one (--schedule_epochs 4 fits it to the run)"),  # (3/8)^2
+        ("--recipe authors --schedule_epochs 4", ""),
+        ("--recipe authors --mask part", ""),
+        ("--recipe authors --alpha 0.5", ""),
+        ("", ""),
+    ],
+)
+def test_a_run_shorter_than_its_schedule_says_where_it_ends(
+    train: Train, capsys: pytest.CaptureFixture[str], flags: str, said: str
+) -> None:
+    """Before it begins; log.txt then has the same alpha and K."""
+    output = train("run", f"{flags} --parts_jitter 0")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the schedule is for")]
+    assert [line.split(": ", 1)[1] for line in lines] == ([said] if said else [])
+    last = read_log(output)[-1]
+    if said:
+        assert f"alpha {last['alpha']:.2f}, K {last['num_parts']} " in said
+
+
+def test_the_released_recipe_in_ten_epochs_ends_at_018() -> None:
+    """((9 + 1) / 300)^0.5, and K after 9 of 300 epochs of 40 -> 10, rounded down."""
+    config = MaskConfig.from_recipe("authors")
+    assert describe_end(EvolvedMask((14, 14), 147, 10, config)).startswith(
+        "the schedule is for 300 epochs and this run has 10: alpha 0.18, K 39 in the last one"
+    )
+    assert describe_end(EvolvedMask((14, 14), 147, 300, config)) == ""
 
 
 def test_tensorboard_has_scalars_and_pictures(train: Train) -> None:
