@@ -132,20 +132,25 @@ class Loop:
             "effective_batch": self.batches.effective_batch, "lr": self.peak_lr, "precision": str(self.run.precision),
             "samples": len(self.samples), "updates_an_epoch": self.batches.updates, "updates": self.schedule.total_updates,
         }  # fmt: skip
-        record, images, ends = self.task.record(), len(self.samples.source), self.schedule
+        record = self.task.record()
         numbers["preset"] = preset_record(self.config, record.get("mask"))
         facts = run_facts(self.config, self.processes, self.run.resumed_from, **numbers, **record, **self.task.facts)
         self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates + self.first_update)
-        repeats = f" x {self.config.repeat} crops" if self.config.repeat > 1 else ""
-        self.log.say(
-            f"{self.task.title()}; {images} images{repeats}, {ends.epochs} epochs of {self.batches.updates} updates of "
-            f"{self.batches.effective_batch} images = {ends.total_updates} updates, lr {self.peak_lr:.3g}, {self.run.place}"
-        )
-        chosen = describe_choice(self.config, record.get("mask"), images)
-        offer = offer_preset(self.config, self.batches.updates, ends.total_updates, self.peak_lr)
-        for line in (chosen, *self.task.notes(), offer):
+        chosen = describe_choice(self.config, record.get("mask"), len(self.samples.source))
+        offer = offer_preset(self.config, self.batches.updates, self.schedule.total_updates, self.peak_lr)
+        for line in (self._summary(), chosen, *self.task.notes(), offer):
             if line:
                 self.log.say(line)
+
+    def _summary(self) -> str:
+        """What the run will be, in one line."""
+        epochs, updates = self.schedule.epochs, self.batches.updates
+        repeats = f" x {self.config.repeat} crops" if self.config.repeat > 1 else ""
+        return (
+            f"{self.task.title()}; {len(self.samples.source)} images{repeats}, {epochs} epoch{'s' * (epochs != 1)} of {updates} "
+            f"update{'s' * (updates != 1)} of {self.batches.effective_batch} images = {self.schedule.total_updates} updates, "
+            f"lr {self.peak_lr:.3g}, {self.run.place}"
+        )
 
     # --- the loop ---
 
