@@ -26,7 +26,7 @@ from beit_evolved import run_beit_pretraining, train_tokenizer
 from mae_evolved import main_pretrain
 from simmim_evolved import main_simmim
 
-SCENE_SIZE, DEPTH, AGES = 64, 6, 4
+SCENE_SIZE, DEPTH, AGES, BATCH = 64, 6, 4, 64
 METHODS = ("mae", "beit", "simmim")
 MASKS = ("evolved", "random")
 
@@ -44,7 +44,7 @@ _METHODS = {
     "simmim": _Method("simmim_vit_tiny_patch8", simmim_evolved.model.MODELS, main_simmim.main, "--lr 1e-3"),
 }
 _TOKENIZER = "--epochs 8 --lr 3e-3 --vocabulary 512 --code_width 32 --width 24 --warmup_epochs 1 --pictures 0"
-_COMMON = f"--input_size {SCENE_SIZE} --batch_size 64 --num_workers 0 --device cpu --picture_epochs 0"
+_COMMON = f"--input_size {SCENE_SIZE} --num_workers 0 --device cpu --picture_epochs 0"
 
 
 @contextlib.contextmanager
@@ -65,13 +65,13 @@ def run_name(method: str, mask: str, seed: int) -> str:
     return f"{method}-{mask}-{seed}"
 
 
-def pretrain(out: Path, method: str, mask: str, seed: int, epochs: int) -> float:
+def pretrain(out: Path, method: str, mask: str, seed: int, epochs: int, batch_size: int = BATCH) -> float:
     """Trains a run to its end, from where it stands; returns the seconds of this call."""
     start = time.perf_counter()
     chosen, folder = _METHODS[method], out / run_name(method, mask, seed)
     tokenizer = f"--tokenizer {out / 'tokenizer'}" if method == "beit" else ""
     run = f"--model {chosen.model} --mask {mask} --seed {seed} --data_path {out}/scenes/imagenet --output_dir {folder}"
-    length = f"--epochs {epochs} --warmup_epochs {epochs / 20} --save_freq {max(epochs // AGES, 1)}"
+    length = f"--batch_size {batch_size} --epochs {epochs} --warmup_epochs {epochs / 20} --save_freq {max(epochs // AGES, 1)}"
     flags = f"{_COMMON} {chosen.flags} {tokenizer} {run} {length}"
     if not (folder / "result.json").exists():
         with _console(out / f"{folder.name}.txt"):
@@ -92,7 +92,7 @@ def prepare(out: Path, scenes: int) -> None:
     make_scenes(out / "scenes", train=scenes, val=400, size=SCENE_SIZE)
     if not (out / "tokenizer" / "result.json").exists():
         with _console(out / "tokenizer.txt"):
-            flags = f"{_TOKENIZER} --input_size {SCENE_SIZE} --batch_size 64 --num_workers 0 --device cpu"
+            flags = f"{_TOKENIZER} --input_size {SCENE_SIZE} --batch_size {BATCH} --num_workers 0 --device cpu"
             train_tokenizer.main(f"{flags} --data_path {out}/scenes/imagenet --output_dir {out}/tokenizer".split())
 
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.parts_study", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of scenes, tokenizer and runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each run")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs of each run")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of each run")
     parser.add_argument("--scenes", type=int, default=4000, help="training scenes")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
