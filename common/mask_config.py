@@ -113,8 +113,8 @@ class MaskConfig:
     reseed_empty: bool = option(True, "move a part that lost all its patches to the patch explained worst")
     smooth: float = option(
         0.0,
-        "beta of a Potts prior that draws each patch to the parts of its neighbours, in nats a neighbour; 0: off. A Gaussian of "
-        "N = 196 features needs 8 to 32 (docs/method.md)",
+        "beta of a Potts prior that draws each patch to the parts of its neighbours, in nats a neighbour; 0: off "
+        "(docs/method.md compares 0.5 to 32)",
     )
     grid_draw: Literal["image", "batch"] = option(
         "image", "one draw of the 2x2 grid an image, or one a batch and rank (released code)"

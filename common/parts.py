@@ -3,6 +3,17 @@
 Patch i is described by its row of the graph, phi_i = w_i. Rows are drawn from a mixture of K parts; EM fits the
 mixture to every image of the batch at once, and each patch goes to the part with the largest posterior.
 
+With smooth = beta > 0 the parts z_i of neighbours are drawn to each other by a Potts prior, and E_ik of Eq. 12 becomes
+q_ik, the mean-field posterior. E-step and M-step then both climb the (negative) variational free energy
+
+    F = sum_ik q_ik log(pi_k p_k(v_i)) + beta sum_(i,j) sum_k q_ik q_jk - sum_ik q_ik log q_ik,
+
+the second sum over the pairs of patches side by side or one above the other. F is a lower bound on the logarithm of
+sum_z prod_i pi_(z_i) p_(z_i)(v_i) exp(beta * pairs in one part), the prior's own normalising constant left out; at beta = 0
+it is the log-likelihood. q_i is proportional to pi_k p_k(v_i) exp(beta * sum of q_jk over the neighbours j). Patches of one
+colour of the checkerboard have no neighbour among themselves, so that all of one colour, then all of the other, are
+set to their maximum at once, and F never falls.
+
 B batch (images)   H, W patch grid   N = H*W patches   D features of a row (N, or more with heads side by side)   K parts
 """
 
@@ -66,7 +77,8 @@ class PartsOptions:
             part's posteriors by their sum over the patches, as the authors' released code does.
         reseed_empty: move a part that lost all its patches to the patch explained worst.
         smooth: beta, in nats: what it is worth that two neighbours of the patch grid belong to one part, a Potts prior. 0 cuts
-            each patch by its row alone, as the paper does. See :func:`fit_parts` for the bound that EM then climbs.
+            each patch by its row alone, as the paper does. At the top of this file is the bound
+            that EM then climbs.
 
     Raises:
         ValueError: an unknown word or a value outside its range, naming the option.
@@ -113,7 +125,7 @@ class PartsFit:
         covariances: C_k of Eq. 15: [B, K, D] diagonal, [B, K] spherical, [B, K, D, D] full, None for vmf.
         log_likelihood: [iterations + 1, B], of the start and after each M-step. For vmf the normalising
             constant of the density, the same for all parts, is left out. With smooth > 0 it is not a log-likelihood but the
-            bound F of :func:`fit_parts`.
+            bound F at the top of this file.
         reseeded: bool [iterations + 1, B], True where an empty part was re-seeded just before that entry.
         rows, center, scale: [B, N, D], [B, 1, D], [B, 1, 1].
     """
@@ -185,17 +197,6 @@ def fit_parts(
     **choices: Any,
 ) -> PartsFit:
     """Fits the mixture of Eq. 10-15 by EM, and returns everything that was estimated.
-
-    With smooth = beta > 0 the parts z_i of neighbours are drawn to each other by a Potts prior, and E_ik of Eq. 12 becomes
-    q_ik, the mean-field posterior. E-step and M-step then both climb the (negative) variational free energy
-
-        F = sum_ik q_ik log(pi_k p_k(v_i)) + beta sum_(i,j) sum_k q_ik q_jk - sum_ik q_ik log q_ik,
-
-    the second sum over the pairs of patches side by side or one above the other. F is a lower bound on the logarithm of
-    sum_z prod_i pi_(z_i) p_(z_i)(v_i) exp(beta * pairs in one part), the prior's own normalising constant left out; at beta = 0
-    it is the log-likelihood. q_i is proportional to pi_k p_k(v_i) exp(beta * sum of q_jk over the neighbours j). Patches of one
-    colour of the checkerboard have no neighbour among themselves, so that all of one colour, then all of the other, are
-    set to their maximum at once, and F never falls.
 
     Args:
         graph: [B, N, D], finite. Computed in float32, or in float64 if it is float64.
@@ -325,7 +326,7 @@ def _neighbours(posteriors: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 
 def _free_energy(joint: Tensor, posteriors: Tensor, beta: float, grid_size: tuple[int, int]) -> Tensor:
-    """F of :func:`fit_parts`: [B]. Every pair of neighbours is met from both its ends, hence the half."""
+    """The bound F: [B]. Every pair of neighbours is met from both its ends, hence the half."""
     agreement = 0.5 * beta * _neighbours(posteriors, grid_size)
     return (posteriors * (joint + agreement) + torch.special.entr(posteriors)).sum(dim=(1, 2))
 
