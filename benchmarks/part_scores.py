@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 from sklearn.metrics import adjusted_rand_score, homogeneity_completeness_v_measure
 
+from benchmarks.pieces import count_pieces
 from common.training.errors import BadInput
 
 Labels = NDArray[np.int64]
@@ -112,15 +113,15 @@ def score_parts(parts: Labels, truth: Labels, grid_size: tuple[int, int]) -> Par
         truth: [N], object of each patch, 0 background.
     """
     homogeneity, _, information = homogeneity_completeness_v_measure(truth, parts)
-    piece_sizes, filled = connected_pieces(parts.reshape(grid_size))
+    pieces = count_pieces(torch.from_numpy(parts)[None], grid_size)
     return PartScores(
         homogeneity=float(homogeneity),
         rand=float(adjusted_rand_score(truth, parts)),
         information=float(information),
         overlap=best_overlap(parts, truth),
-        pieces=len(piece_sizes) / filled,
-        single=float(np.mean(piece_sizes == 1)),
-        filled=float(filled),
+        pieces=pieces.a_part,
+        single=pieces.single_pieces,
+        filled=float(len(np.unique(parts))),
     )
 
 
@@ -133,20 +134,6 @@ def best_overlap(parts: Labels, truth: Labels) -> float:
         both, either = (members & shown).sum(axis=1), (members | shown).sum(axis=1)
         best.append(float((both / either).max()))
     return float(np.mean(best)) if best else float("nan")
-
-
-def connected_pieces(parts: Labels) -> tuple[Labels, int]:
-    """Patches of each 4-connected piece of each part, and the number of parts that are not empty.
-
-    Args:
-        parts: [H, W].
-    """
-    sizes: list[Labels] = []
-    present = np.unique(parts)
-    for part in present:
-        pieces, _ = ndimage.label(parts == part)
-        sizes.append(np.bincount(pieces.ravel())[1:])
-    return np.concatenate(sizes), len(present)
 
 
 def mean_scores(scores: Sequence[PartScores]) -> PartScores:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import part_scores, parts_quality, parts_study
-from benchmarks.part_scores import best_overlap, connected_pieces, patch_objects, read_scenes, score_parts
+from benchmarks.part_scores import best_overlap, patch_objects, read_scenes, score_parts
 from common.training.errors import BadInput
 from scenes.layouts import run_lengths
 from scenes.make import make_scenes
@@ -38,13 +38,6 @@ def test_best_overlap_by_hand():
     """Object 1 (patches 1, 2, 4): part 1 has two of them and one other, 2 of 4; object 2 (patch 5) is half of its part."""
     assert best_overlap(np.array([0, 1, 1, 1, 2, 2]), TRUTH) == pytest.approx((2 / 4 + 1 / 2) / 2)
     assert math.isnan(best_overlap(np.zeros(6, dtype=int), np.zeros(6, dtype=int)))
-
-
-def test_connected_pieces_by_hand():
-    """Corners do not connect."""
-    sizes, filled = connected_pieces(np.array([[0, 1, 0], [1, 0, 0], [2, 2, 1]]))
-    assert sorted(sizes.tolist()) == [1, 1, 1, 1, 2, 3]
-    assert filled == 3
 
 
 def test_an_image_without_objects_does_not_count():
