@@ -101,15 +101,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.parts_study", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of scenes, tokenizer and runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each run")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of each run")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of each run")
     parser.add_argument("--scenes", type=int, default=4000, help="training scenes")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="only these, so that two processes can share"
+    )
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     prepare(options.out, options.scenes)
     with shallow_models():
         for seed in range(options.seeds):
             for mask in MASKS:
-                for method in METHODS:
+                for method in options.methods:
                     seconds = pretrain(options.out, method, mask, seed, options.epochs)
                     print(f"{run_name(method, mask, seed)}: {seconds:.0f} s on {os.cpu_count()} cores", flush=True)
 
