@@ -70,6 +70,8 @@ def take(config_class: Any, values: Mapping[str, Any], pending: bool = False) ->
     if not given.get("init_from") or (pending and not Path(given["init_from"]).exists()):
         return Taken()
     path = Path(given["init_from"])
+    if not path.exists():
+        raise BadInput(f"--init_from {path}: no such file")
     return Taken(_of(_said(find_encoder(read_checkpoint(path), path), config_class, given), wanted), path)
 
 
