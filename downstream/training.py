@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.models.names import patch_size_of
 from common.training.checkpoint import FREE_TO_CHANGE, check_same_settings, differences, find_resume
-from common.training.command_line import parse_flags
+from common.training.command_line import Count, parse_flags
 from common.training.config import AdamWConfig, RunConfig, option, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, make_loader
 from common.training.distributed import Processes, start_processes
@@ -303,7 +303,7 @@ def parse_task(
     description: str,
     argv: Sequence[str],
     *,
-    count: Callable[[AnyTask], int],
+    count: Count,
     ranks: int | None = None,
     pending: bool = False,
 ) -> tuple[AnyTask, str]:

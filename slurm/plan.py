@@ -108,9 +108,7 @@ def plan(module: str, flags: Sequence[str], resources: Resources, pending: bool 
     return words
 
 
-def configuration(
-    module: str, argv: Sequence[str], ranks: int = 1, pending: bool = True
-) -> tuple[RunConfig, MaskConfig | None]:
+def configuration(module: str, argv: Sequence[str], ranks: int = 1, pending: bool = True) -> tuple[RunConfig, MaskConfig | None]:
     """What the module makes of its command line.
 
     Args:

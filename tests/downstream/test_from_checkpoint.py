@@ -130,7 +130,9 @@ def test_flags_and_files_win_over_the_checkpoint(save: Callable[..., Path], tmp_
     given = ["--model", "vit_tiny_patch4", "--method", "mae", "--input_size", "32"]
     config, line = parse_task(FinetuneConfig, "finetune", "", [*words, *given], count=len)
     assert (config.image_size, line) == ((32, 32), ""), "nothing was taken, nothing is said"
-    assert parse_task(FinetuneConfig, "finetune", "", words[2:])[0].model == "vit_small_patch16", "random weights: the defaults"
+    assert parse_task(FinetuneConfig, "finetune", "", words[2:], count=len)[0].model == "vit_small_patch16", (
+        "random weights: the defaults"
+    )
 
 
 @pytest.mark.usefixtures("small")
