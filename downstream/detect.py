@@ -15,7 +15,7 @@ from common.training.checkpoint import find_resume
 from common.training.data import Batch
 from common.training.errors import BadInput, run_cli
 from common.training.task import Run
-from downstream.detection.coco import CocoSource, Jitter, ObjectBatch, collate_objects
+from downstream.detection.coco import CocoSource, Jitter, ObjectBatch, collate_objects, count_training_images
 from downstream.detection.config import DetectConfig
 from downstream.detection.evaluation import DetectionEvaluation
 from downstream.detection.mask_rcnn import MaskRCNN
@@ -59,18 +59,19 @@ def build(config: DetectConfig, run: Run) -> SupervisedTask:
     )
 
 
-def check_data(config: DetectConfig) -> None:
-    """What a launcher checks before it asks for a GPU: the files, not what is in them. Raises BadInput: not COCO's layout."""
+def check_data(config: DetectConfig) -> int:
+    """What a launcher checks before it asks for a GPU: training images. Raises BadInput: not COCO's layout, or no object."""
     root = Path(config.data_path)
     for split in ("train", "val"):
         for place in (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"):
             if not place.exists():
                 raise BadInput(f"--data_path {root}: no {place}")
+    return count_images(config)
 
 
 def count_images(config: DetectConfig) -> int:
     """Training images with objects. Raises BadInput: not COCO's layout."""
-    return len(CocoSource(Path(config.data_path), "train"))
+    return count_training_images(Path(config.data_path))
 
 
 def make_model(config: DetectConfig, classes: int, say: Callable[[str], None]) -> MaskRCNN:
@@ -93,8 +94,8 @@ def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
-    config = parse_task(DetectConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
-    train_task(config, partial(build, config))
+    config, taken = parse_task(DetectConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
+    train_task(config, partial(build, config), taken)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ count_images = count_labelled
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
-    config = parse_task(FinetuneConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
-    train_task(config, partial(build, config))
+    config, taken = parse_task(FinetuneConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
+    train_task(config, partial(build, config), taken)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from downstream.probing.evaluation import ProbeEvaluation
 from downstream.probing.features import FeatureSource, as_is, extract
 from downstream.probing.heads import Probes, probe_loss
 from downstream.probing.lars import LARS
+from downstream.probing.table import report
 from downstream.training import SupervisedTask, make_encoder, parse_task, require_state_of, say_once, train_task
 from downstream.vit import MODELS
 
@@ -64,6 +65,7 @@ def build(config: ProbeConfig, run: Run) -> SupervisedTask:
         metric="top1",
         optimizer=lambda lr: LARS(model.heads.parameters(), lr=lr, weight_decay=config.weight_decay),
         facts={"classes": len(train.classes), "validation_images": len(val)},
+        report=report,
     )
 
 
@@ -94,8 +96,8 @@ count_images = count_labelled
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, extracts features, and trains the heads."""
-    config = parse_task(ProbeConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
-    train_task(config, partial(build, config))
+    config, taken = parse_task(ProbeConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
+    train_task(config, partial(build, config), taken)
 
 
 if __name__ == "__main__":

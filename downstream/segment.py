@@ -109,8 +109,8 @@ def make_model(config: SegmentConfig, classes: int, processes: Processes, say: C
 
 def main(argv: Sequence[str]) -> None:
     """Parses the flags, trains and evaluates."""
-    config = parse_task(SegmentConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
-    train_task(config, partial(build, config))
+    config, taken = parse_task(SegmentConfig, PROGRAM, DESCRIPTION, argv, count=count_images)
+    train_task(config, partial(build, config), taken)
 
 
 if __name__ == "__main__":

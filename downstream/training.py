@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.models.names import patch_size_of
-from common.training.checkpoint import FREE_TO_CHANGE, check_same_settings, differences, find_resume, read_checkpoint
-from common.training.command_line import parse_flags
+from common.training.checkpoint import FREE_TO_CHANGE, check_same_settings, differences, find_resume
+from common.training.command_line import Count, parse_flags
 from common.training.config import AdamWConfig, RunConfig, option, with_default
 from common.training.data import Batch, RankBatches, Samples, Transform, collate, make_loader
 from common.training.distributed import Processes, start_processes
@@ -26,9 +26,10 @@ from common.training.errors import BadInput
 from common.training.loop import Loop
 from common.training.optim import EncoderEMA
 from common.training.task import Collate, Outcome, Run, Task
+from downstream.from_checkpoint import Taken, take
 from downstream.pictures import draw_curves
-from downstream.vit import METHODS, MODELS, BackboneViT, Method, build_encoder, layer_of
-from downstream.weights import find_encoder, load_encoder
+from downstream.vit import MODELS, BackboneViT, Method, build_encoder, layer_of
+from downstream.weights import load_encoder
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class TaskConfig(RunConfig):
     evaluation_flags: ClassVar[tuple[str, ...]] = ()
     """Flags of a task that change how a model is judged and not how it is trained: a resumed run may change them."""
 
-    model: str = option("vit_small_patch16", f"size of the encoder: {', '.join(MODELS)}", group="model")
+    model: str = option(
+        "vit_small_patch16", f"size of the encoder, without --init_from, which says it: {', '.join(MODELS)}", group="model"
+    )
     method: Literal["auto", "mae", "beit", "simmim"] = option(
         "auto", "whose encoder; auto: read from --init_from, mae without one", group="model"
     )
@@ -72,10 +75,28 @@ class TaskConfig(RunConfig):
         divisible = not any(size % patch for size in self.image_size)
         self._require("input_size", divisible, f"must be divisible by the patch size {patch} of {self.model}")
 
+    @classmethod
+    def input_size_from(cls, pretraining: tuple[int, int], patch: int) -> tuple[int, int] | None:
+        """Input size, where none is given, of a run that starts from a checkpoint; None: the default of --input_size.
+
+        Args:
+            pretraining: (height, width) in pixels of the run that wrote it.
+            patch: its patch size in pixels.
+        """
+        return pretraining
+
     @property
     def encoder_options(self) -> dict[str, Any]:
         """Arguments of the encoder besides its size and method."""
         return {} if self.layer_scale is None else {"layer_scale": self.layer_scale}
+
+
+IMAGENET_SIDE = 224
+
+
+def is_small(size: tuple[int, int]) -> bool:
+    """Whether images of (height, width) have fewer pixels than those that ImageNet's recipes pre-train on."""
+    return size[0] * size[1] < IMAGENET_SIDE**2
 
 
 @dataclass(frozen=True)
@@ -157,6 +178,7 @@ class SupervisedTask(Task):
         collate: samples -> batch.
         facts: see :class:`common.training.task.Task`.
         ema_decay: of the moving average of the weights that is evaluated; 0: the weights themselves are.
+        report: the last scores -> lines to say of them besides, and entries of result.json.
     """
 
     run: Run
@@ -172,6 +194,7 @@ class SupervisedTask(Task):
     collate: Collate = collate
     facts: dict[str, Any] = field(default_factory=dict)
     ema_decay: float = 0.0
+    report: Callable[[dict[str, float]], tuple[list[str], dict[str, Any]]] = lambda numbers: ([], {})
 
     def __post_init__(self) -> None:
         self.model.to(self.run.device)
@@ -237,7 +260,8 @@ class SupervisedTask(Task):
         if self.config.pictures and self.run.processes.is_main:
             self._draw(Scores({}, draw_curves(self.run.log.lines(), self.metric)))
         numbers = {key: value for key, value in self.scores.items() if key != "epoch"}
-        return Outcome(self.scores, {"best": self.best}, f"{self.kind}: {shown(numbers)}")
+        lines, entries = self.report(numbers)
+        return Outcome(self.scores, {"best": self.best, **entries}, "\n".join([f"{self.kind}: {shown(numbers)}", *lines]))
 
     # --- evaluation alone ---
 
@@ -246,7 +270,8 @@ class SupervisedTask(Task):
         if self.run.resumed_from is not None:
             self._load_weights(self.run.resumed_from)
         scores = self.evaluate()
-        self.run.log.say(f"{self.kind}: {shown(scores.numbers)}")
+        for line in (f"{self.kind}: {shown(scores.numbers)}", *self.report(scores.numbers)[0]):
+            self.run.log.say(line)
         if self.run.processes.is_main and scores.pictures:
             try:
                 self.run.output.mkdir(parents=True, exist_ok=True)
@@ -273,35 +298,44 @@ def _free_in_evaluation(config: TaskConfig) -> frozenset[str]:
 
 
 def parse_task(
-    config_class: type[AnyTask], program: str, description: str, argv: Sequence[str], *, count: Callable[[AnyTask], int]
-) -> AnyTask:
-    """Command line -> checked configuration, in which --method says what it is: checkpoints then tell BEiT from SimMIM.
+    config_class: type[AnyTask],
+    program: str,
+    description: str,
+    argv: Sequence[str],
+    *,
+    count: Count,
+    ranks: int | None = None,
+    pending: bool = False,
+) -> tuple[AnyTask, str]:
+    """Command line -> checked configuration, in it what the checkpoint says where no flag does; and a line that says what.
 
     Args:
         count: training images of a configuration, which --preset asks for.
+        ranks: processes of the run; default: as the environment says.
+        pending: --init_from may still have to be written by another run; until then defaults stand in its place.
 
     Raises:
-        BadInput: see `parse_flags`, and :func:`choose_method`.
+        BadInput: see `parse_flags`, and :func:`downstream.from_checkpoint.take`.
     """
-    config = parse_flags(config_class, program, description, argv, count=count)
-    if config.eval_only and not config.init_from and find_resume(config) is None:
+    found = [Taken()]
+
+    def complete(given: dict[str, Any]) -> dict[str, Any]:
+        found[0] = take(config_class, given, pending)
+        return {**given, **found[0].values}
+
+    config = parse_flags(config_class, program, description, argv, count=count, ranks=ranks, complete=complete)
+    if config.eval_only and not pending and not config.init_from and find_resume(config) is None:
         raise BadInput("--eval_only: no weights to evaluate; give --resume PATH or --init_from PATH")
-    return with_method(config)
+    if config.method == "auto" and not pending:
+        config = replace(config, method="mae")
+    return config, found[0].line(config.model, config.image_size)
 
 
-def with_method(config: AnyTask) -> AnyTask:
-    """The same configuration with "auto" replaced by the method that it stands for.
-
-    Raises:
-        BadInput: see :func:`choose_method`.
-    """
-    return replace(config, method=choose_method(config))
-
-
-def train_task(config: TaskConfig, build: Callable[[Run], SupervisedTask]) -> None:
+def train_task(config: TaskConfig, build: Callable[[Run], SupervisedTask], taken: str = "") -> None:
     """Trains, or evaluates under --eval_only, from the command line's configuration to result.json.
 
     Args:
+        taken: a line that says what of the configuration is the checkpoint's; empty: none.
         build: makes the task; the weights it starts from are drawn from --seed or loaded by it.
 
     Raises:
@@ -312,6 +346,8 @@ def train_task(config: TaskConfig, build: Callable[[Run], SupervisedTask]) -> No
     processes = start_processes(config.device, config.dist_timeout)
     try:
         run = Run(config, processes)
+        if taken:
+            run.log.say(taken)
         torch.manual_seed(config.seed)  # the same weights on every rank
         task = build(run)
         samples = Samples(task.source, task.transform, config.seed, config.repeat)
@@ -345,7 +381,7 @@ def make_encoder(
         weights: checkpoint in the place of --init_from; empty: none.
         more: see :class:`BackboneViT`.
     """
-    method = choose_method(config)
+    method: Method = "mae" if config.method == "auto" else config.method
     try:
         encoder = build_encoder(config.model, method, config.image_size, **config.encoder_options, **more)
     except ValueError as error:
@@ -359,26 +395,6 @@ def make_encoder(
 def say_once(processes: Processes) -> Callable[[str], None]:
     """Prints on the main rank only."""
     return lambda line: print(line, flush=True) if processes.is_main else None
-
-
-def choose_method(config: TaskConfig) -> Method:
-    """--method; or whose encoder --init_from holds; or, without it, the method of the run that is resumed; or mae.
-
-    Raises:
-        BadInput: a fine-tuned checkpoint that two methods could have made.
-    """
-    if config.method != "auto":
-        return config.method
-    if not config.init_from:
-        resumed = find_resume(config)
-        config_of_run = read_checkpoint(resumed).get("config") if resumed is not None else None
-        said = config_of_run.get("method") if isinstance(config_of_run, dict) else None
-        return said if said in METHODS else "mae"
-    path = Path(config.init_from)
-    methods = find_encoder(read_checkpoint(path), path).methods
-    if len(methods) > 1:
-        raise BadInput(f"--init_from {path}: made by {' or '.join(methods)}, which it does not say; give --method")
-    return methods[0]
 
 
 def layerwise_adamw(model: nn.Module, config: TunedEncoderConfig, lr: float) -> torch.optim.Optimizer:
@@ -440,5 +456,5 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
 
 
 def shown(numbers: dict[str, float]) -> str:
-    """Numbers for people."""
-    return "  ".join(f"{key} {value:.2f}" for key, value in numbers.items())
+    """Numbers for people; those of one layer among several (top1_layer5) are left to the log and the table at the end."""
+    return "  ".join(f"{key} {value:.2f}" for key, value in numbers.items() if "_layer" not in key)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,28 @@ TITLES: dict[Method, str] = {"mae": "MAE", "beit": "BEiT", "simmim": "SimMIM"}
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Sizes of an encoder; heads are None where they are not known: the shapes of MAE's weights do not tell them."""
+
+    width: int
+    depth: int
+    heads: int | None
+    patch_size: int
+
+    def __str__(self) -> str:
+        heads = "" if self.heads is None else f"{self.heads} heads, "
+        return f"{self.width} wide, {self.depth} deep, {heads}patch {self.patch_size}"
+
+    def as_told_by(self, shapes: Sizes) -> Sizes:
+        """The same without heads, if those shapes do not tell them."""
+        return self if shapes.heads is not None else replace(self, heads=None)
+
+    def are_of(self, model: Sizes) -> bool:
+        """Whether a model of those sizes may have weights of these."""
+        return self == model.as_told_by(self)
+
+
+@dataclass(frozen=True)
 class EncoderWeights:
     """What a checkpoint holds: tensors of the encoder by their names in it, tensors besides, and what it says of itself."""
 
@@ -72,6 +94,33 @@ class EncoderWeights:
     @property
     def patch_size(self) -> int:
         return self.tensors["patch_embed.proj.weight"].shape[-1]
+
+    @property
+    def sizes(self) -> Sizes:
+        """As the shapes tell them."""
+        width, _, patch, _ = self.tensors["patch_embed.proj.weight"].shape
+        depth = 1 + max(int(key.split(".")[1]) for key in self.tensors if key.startswith("blocks."))
+        tables = [value.shape[1] for key, value in self.tensors.items() if key.endswith(TABLE) or key == SHARED_TABLE]
+        return Sizes(width, depth, tables[0] if tables else None, patch)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels that the encoder was trained at; None if neither its flags nor its shapes tell."""
+        try:
+            height, width = self._grid()
+        except BadInput:
+            return None
+        return height * self.patch_size, width * self.patch_size
+
+    def _grid(self) -> tuple[int, int]:
+        """(h, w) by the positions, or by the last block's table, which is of the whole grid also where others have windows."""
+        if "pos_embed" in self.tensors:
+            return self.sides(self.tensors["pos_embed"].shape[1] - self.prefix, offsets=False)
+        key = SHARED_TABLE if SHARED_TABLE in self.tensors else f"blocks.{self.sizes.depth - 1}.attn{TABLE}"
+        if key not in self.tensors:
+            raise BadInput(f"checkpoint {self.path}: has neither positions nor {key}")
+        offsets = self.sides(len(self.tensors[key]) - 3 * self.prefix, offsets=True)
+        return (offsets[0] + 1) // 2, (offsets[1] + 1) // 2
 
     def sides(self, count: int, offsets: bool) -> tuple[int, int]:
         """(h, w) of a plane of `count` patches, or of (2h-1)(2w-1) offsets: as the checkpoint's flags say, else a square."""
@@ -104,9 +153,7 @@ def load_encoder(encoder: BackboneViT, path: Path, method: Method | None = None,
     """
     checkpoint = find_encoder(read_checkpoint(path), path)
     asked = method or encoder.method
-    if asked not in checkpoint.methods:
-        titles = " or ".join(TITLES[name] for name in checkpoint.methods)
-        raise BadInput(f"checkpoint {path}: holds a {titles} encoder, but the method asked for is {TITLES[asked]}")
+    require_method(checkpoint, asked)
     _check_sizes(encoder, checkpoint, asked)
     last = {} if norm is None else {f"norm.{name}": value for name, value in norm.state_dict().items()}
     left_out = _check_names(encoder, checkpoint, asked, last)
@@ -116,6 +163,13 @@ def load_encoder(encoder: BackboneViT, path: Path, method: Method | None = None,
         norm.load_state_dict({name.removeprefix("norm."): checkpoint.named(name) for name in last})
     parts = [f"loaded {path}: {TITLES[asked]} encoder, {len(fitted) + len(last)} tensors", *notes]
     return "; ".join([*parts, f"left out: {left_out}"] if left_out else parts)
+
+
+def require_method(checkpoint: EncoderWeights, asked: Method) -> None:
+    """Raises BadInput if the encoder is of another method than the one asked for."""
+    if asked not in checkpoint.methods:
+        titles = " or ".join(TITLES[name] for name in checkpoint.methods)
+        raise BadInput(f"checkpoint {checkpoint.path}: holds a {titles} encoder, but the method asked for is {TITLES[asked]}")
 
 
 def find_encoder(state: dict[str, Any], path: Path) -> EncoderWeights:
@@ -166,22 +220,12 @@ def _input_size(flags: dict[str, Any]) -> tuple[int, int] | None:
 
 def _check_sizes(encoder: BackboneViT, checkpoint: EncoderWeights, method: Method) -> None:
     """Raises BadInput that says in words how the checkpoint's encoder differs from the model."""
-    width, _, patch, _ = checkpoint.tensors["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in checkpoint.tensors if key.startswith("blocks."))
-    tables = [value.shape[1] for key, value in checkpoint.tensors.items() if key.endswith(TABLE) or key == SHARED_TABLE]
-    heads = tables[0] if tables else encoder.heads  # the names and shapes of MAE do not tell
-    pairs = {"wide": (width, encoder.width), "deep": (depth, encoder.depth)}
-    pairs |= {"heads": (heads, encoder.heads), "patch": (patch, encoder.patch_size)}
-    if all(theirs == ours for theirs, ours in pairs.values()):
-        return
-    theirs, ours = (
-        f"{sizes['wide']} wide, {sizes['deep']} deep, "
-        + (f"{sizes['heads']} heads, " if tables else "")
-        + f"patch {sizes['patch']}"
-        for sizes in ({key: pair[side] for key, pair in pairs.items()} for side in (0, 1))
-    )
-    name = f"the model {encoder.name}" if encoder.name else "the model"
-    raise BadInput(f"checkpoint {checkpoint.path}: holds a {TITLES[method]} encoder {theirs}; {name} is {ours}")
+    theirs = checkpoint.sizes
+    ours = Sizes(encoder.width, encoder.depth, encoder.heads, encoder.patch_size)
+    if not theirs.are_of(ours):
+        name = f"the model {encoder.name}" if encoder.name else "the model"
+        holds = f"checkpoint {checkpoint.path}: holds a {TITLES[method]} encoder {theirs}"
+        raise BadInput(f"{holds}; {name} is {ours.as_told_by(theirs)}")
 
 
 def _check_names(encoder: BackboneViT, checkpoint: EncoderWeights, method: Method, last: dict[str, Tensor]) -> str:

@@ -21,7 +21,7 @@ from common.training.config import ImageSetConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput, Parser, run_cli
 from common.training.mask import make_mask
 from common.training.sources import count_source, find_images, open_source
-from downstream.training import TaskConfig, check_same_task, with_method
+from downstream.training import TaskConfig, check_same_task, parse_task
 from slurm.partition import Request, check_partition
 from slurm.upstream import official_command
 
@@ -99,9 +99,7 @@ def plan(module: str, flags: Sequence[str], resources: Resources, pending: bool 
         if name in flag_names:
             raise BadInput(f"--{name} is worked out from the effective batch, the ranks and what a rank can hold: leave it out")
     words = [*flags, "--batch_size", str(batch_size), "--accum_iter", str(accum_iter)]
-    config, mask_config = configuration(module, words, resources.ranks)
-    if isinstance(config, TaskConfig) and not pending:
-        config = with_method(config)
+    config, mask_config = configuration(module, words, resources.ranks, pending)
     check_paths(config, pending)
     if isinstance(config, TrainConfig) and mask_config is not None:
         make_mask(config, mask_config)  # as the trainer's start does: what model and flags decide of it
@@ -110,12 +108,13 @@ def plan(module: str, flags: Sequence[str], resources: Resources, pending: bool 
     return words
 
 
-def configuration(module: str, argv: Sequence[str], ranks: int = 1) -> tuple[RunConfig, MaskConfig | None]:
+def configuration(module: str, argv: Sequence[str], ranks: int = 1, pending: bool = True) -> tuple[RunConfig, MaskConfig | None]:
     """What the module makes of its command line.
 
     Args:
         ranks: processes of the run. --preset goes by the training images, which the module's `count_images(config)` counts where
             it has data in a layout of its own.
+        pending: a checkpoint that the run starts from may still have to be written by another run.
 
     Raises:
         BadInput: no such module, one that is no trainer, or flags that it refuses.
@@ -134,6 +133,8 @@ def configuration(module: str, argv: Sequence[str], ranks: int = 1) -> tuple[Run
     count = getattr(trainer, "count_images", count_source)
     if issubclass(configurations[0], TrainConfig):
         return parse_arguments(configurations[0], module, "", argv, count=count, ranks=ranks)
+    if issubclass(configurations[0], TaskConfig):
+        return parse_task(configurations[0], module, "", argv, count=count, ranks=ranks, pending=pending)[0], None
     return parse_flags(configurations[0], module, "", argv, count=count, ranks=ranks), None
 
 

@@ -28,6 +28,7 @@ HEADINGS = ("data", "optimisation", "run", "model")
 Config = TypeVar("Config", bound=TrainConfig)
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 Count = Callable[[Any], int]
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def parse_flags(
@@ -38,6 +39,7 @@ def parse_flags(
     *,
     count: Count = count_source,
     ranks: int | None = None,
+    complete: Complete = dict,
 ) -> AnyConfig:
     """Command line -> checked configuration of a run without masks.
 
@@ -46,11 +48,12 @@ def parse_flags(
     Args:
         count: number of training images that a configuration names, which --preset asks for.
         ranks: processes of the run; default: as the environment says.
+        complete: values that were given, by name -> the same with those that are taken from elsewhere.
 
     Raises:
         BadInput: an unknown flag or key, an unreadable file, or a value outside its range; under --preset also no data.
     """
-    values = read_values(config_class, make_parser(config_class, program, description), argv)
+    values = complete(read_values(config_class, make_parser(config_class, program, description), argv))
     config = provisional(config_class, values)
     return config if config.preset == "none" else settled(config, values, count, ranks)
 

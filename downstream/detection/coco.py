@@ -36,6 +36,9 @@ MASK_THRESHOLD = 0.5
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 KINDS = {"bbox": "box", "segm": "mask"}
 
+MOST_BYTES_READ = 50_000_000
+"""Of annotations, before a job is submitted."""
+
 _TABLES = {
     "images": ("id", "file_name", "height", "width"),
     "categories": ("id", "name"),
@@ -149,6 +152,29 @@ class CocoSource:
             return decoded(annotation["segmentation"], size, self.tools)
         except Exception as error:  # pycocotools raises bare Exceptions
             raise ValueError(f"annotation {annotation['id']}: segmentation cannot be read: {error}") from None
+
+
+def count_training_images(root: Path, most: int = MOST_BYTES_READ) -> int:
+    """Images of the training split that have an object, as :class:`CocoSource` takes them, without pycocotools.
+
+    Above `most` bytes of JSON, which COCO's own has, nothing is parsed and the files of the folder are counted: those without
+    an object are then among them.
+
+    Raises:
+        BadInput: a file or folder that is missing, not in COCO's layout, or without any object.
+    """
+    file, folder = root / "annotations" / "instances_train2017.json", root / "train2017"
+    try:
+        if file.stat().st_size > most:
+            return sum(1 for _ in folder.iterdir())
+    except OSError as error:
+        raise BadInput(f"{error.filename}: {error.strerror} (expected COCO's layout, see --data_path)") from None
+    tables = _read_tables(file)
+    images = {entry["id"] for entry in tables["images"]}
+    count = len(images & {entry["image_id"] for entry in tables["annotations"] if not entry.get("iscrowd", 0)})
+    if count == 0:
+        raise BadInput(f"{file}: no image has an object")
+    return count
 
 
 def _read_tables(file: Path) -> dict[str, list[dict[str, Any]]]:

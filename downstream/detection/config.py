@@ -9,7 +9,7 @@ from common.models.names import patch_size_of
 from common.training.config import EpochsConfig, FormerFlag, Interpolation, LrSchedule, RunConfig, option, with_default
 from common.training.preset import DETECTION, SmallData
 from downstream.detection.mask_rcnn import COARSEST
-from downstream.training import TaskConfig, TunedEncoderConfig
+from downstream.training import TaskConfig, TunedEncoderConfig, is_small
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,10 @@ class DetectConfig(EpochsConfig, TunedEncoderConfig, TaskConfig):
         step = COARSEST * patch
         fits = not any(side % step for side in self.image_size)
         self._require("input_size", fits, f"must be divisible by {step}, {COARSEST} patches of {self.model}")
+
+    @classmethod
+    def input_size_from(cls, pretraining: tuple[int, int], patch: int) -> tuple[int, int] | None:
+        """The default, 1024, is for encoders of ImageNet's 224 pixels and more; others go up to what the pyramid divides."""
+        step = COARSEST * patch
+        height, width = (-(-side // step) * step for side in pretraining)
+        return (height, width) if is_small(pretraining) else None

@@ -9,7 +9,7 @@ from common.training.config import FormerFlag, Length, LrSchedule, RunConfig, op
 from common.training.preset import SEGMENTATION, SmallData
 from downstream.segmentation.data import MOST_CLASSES
 from downstream.segmentation.upernet import NormKind
-from downstream.training import TaskConfig, TunedEncoderConfig
+from downstream.training import TaskConfig, TunedEncoderConfig, is_small
 
 FORMER_FLAGS = {
     name: FormerFlag(neutral, f"has no effect on segmentation: --{flag} says it")
@@ -89,6 +89,11 @@ class SegmentConfig(TunedEncoderConfig, TaskConfig):
         self._require("test_scales", bool(self.scales), "must be numbers above 0 such as 1,1.25,1.5")
         fits = self.inference == "slide" or self.scales == (1.0,)
         self._require("test_scales", fits, "needs --inference slide, for the encoder has one input size")
+
+    @classmethod
+    def input_size_from(cls, pretraining: tuple[int, int], patch: int) -> tuple[int, int] | None:
+        """The default, 512, is for encoders of ImageNet's 224 pixels and more; those of smaller images keep their own size."""
+        return pretraining if is_small(pretraining) else None
 
     @property
     def length(self) -> Length:

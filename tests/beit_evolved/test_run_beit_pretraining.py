@@ -123,4 +123,4 @@ def test_command_line_errors(tmp_path: Path) -> None:
 def test_recipes_parse() -> None:
     for recipe in sorted(RECIPES.glob("*.toml")):
         if "tokenizer" not in recipe.name:
-            parse(f"--config {recipe}")
+            parse(f"--config {recipe} --data_path images")

@@ -454,7 +454,7 @@ def test_method_of_the_run_that_is_resumed(tune: Callable[..., Path]) -> None:
         ("--dataset photos", "--dataset photos has no labels"),
         ("--data_path /absent", "--data_path /absent: no folder /absent/train (expected train/<class>/ and val/<class>/)"),
         ("--resume /absent.pth", "checkpoint /absent.pth: no such file"),
-        ("--init_from /absent.pth", "checkpoint /absent.pth: no such file"),
+        ("--init_from /absent.pth", "--init_from /absent.pth: no such file"),
         ("--lerning_rate 1", "unrecognized arguments: --lerning_rate 1"),
     ],
 )

@@ -193,8 +193,13 @@ def test_the_encoder_is_frozen(cache: str, method: Method, probe: Callable[..., 
     assert saved(output)["config"]["method"] == method
 
 
-def test_numbers_of_a_run(probe: Callable[..., Path], images: Path, checkpoint: Callable[..., Path]) -> None:
-    """result.json: each layer's accuracy and k-NN recomputed from the saved model; the plain names are the last layer's."""
+def test_numbers_of_a_run(
+    probe: Callable[..., Path], images: Path, checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """result.json: each layer's accuracy and k-NN recomputed from the saved model; the plain names are the last layer's.
+
+    The table on the screen holds the same, and names the best layer.
+    """
     output = probe("out", f"--init_from {checkpoint()} --layer all --knn 1,3 --pool mean --cache", epochs=3)
     held, numbers = saved(output), result(output)["metrics"]
     model = Probes(
@@ -215,6 +220,16 @@ def test_numbers_of_a_run(probe: Callable[..., Path], images: Path, checkpoint: 
     expected |= {name: expected[f"{name}_layer2"] for name in ("top1", "top5", "knn1", "knn3")}
     assert numbers == pytest.approx(expected)
     assert result(output)["task"] == "linear probing"
+    written, said = result(output), capsys.readouterr().out.splitlines()
+    table = {layer: {name: expected[f"{name}_layer{layer}"] for name in ("top1", "top5", "knn1", "knn3")} for layer in (0, 1, 2)}
+    assert {int(layer): pytest.approx(scores) for layer, scores in written["layers"].items()} == table
+    best = max(table, key=lambda layer: (table[layer]["top1"], -layer))
+    assert written["best_layer"]["top1"] == {"layer": best, "value": pytest.approx(table[best]["top1"])}
+    start = said.index(next(line for line in said if line.split() == ["layer", "top1", "top5", "knn1", "knn3"]))
+    for layer, line in enumerate(said[start + 1 : start + 4]):
+        assert line.replace("*", "").split() == [str(layer), *(f"{table[layer][name]:.2f}" for name in table[layer])]
+    assert not [line for line in said if "_layer" in line], "epochs and the summary speak of the last layer"
+    assert said[start + 4].startswith(f"best layer   {best} (top1 {table[best]['top1']:.2f}), ")
 
 
 def test_one_layer_has_plain_names(probe: Callable[..., Path]) -> None:

@@ -21,7 +21,7 @@ RECIPES = [(task, path) for path in sorted(FOLDER.glob("*.toml")) for task in TA
 
 
 def read(task: str, path: Path) -> TaskConfig:
-    return parse_flags(TASKS[task], task, "", ["--config", str(path)])
+    return parse_flags(TASKS[task], task, "", ["--config", str(path), "--data_path", "images"])
 
 
 def test_there_are_the_recipes_of_the_tables() -> None:
@@ -64,7 +64,11 @@ def test_tables_follow_the_design() -> None:
             "rand-m9-mstd0.5-inc1",
         )
         differ = {key for key in vars(config) if getattr(config, key) != getattr(default, key)}
-        assert differ <= {"model", "batch_size"}
+        assert differ <= {"model", "batch_size", "data_path"}
     probe = read("linear_probe", FOLDER / "table5_linear_probe_base.toml")
     assert (probe.blr, probe.blr_batch, probe.epochs, probe.warmup_epochs, probe.weight_decay) == (0.1, 256, 90, 10, 0)
-    assert {key for key in vars(probe) if getattr(probe, key) != getattr(ProbeConfig(), key)} <= {"model", "batch_size"}
+    assert {key for key in vars(probe) if getattr(probe, key) != getattr(ProbeConfig(), key)} <= {
+        "model",
+        "batch_size",
+        "data_path",
+    }

@@ -84,4 +84,4 @@ def test_command_line(tmp_path: Path) -> None:
 
 def test_recipes_parse() -> None:
     for recipe in sorted(RECIPES.glob("*.toml")):
-        parse(f"--config {recipe}")
+        parse(f"--config {recipe} --data_path images")

@@ -23,6 +23,7 @@ from downstream.detection.coco import (
     Jitter,
     Photograph,
     collate_objects,
+    count_training_images,
     cut,
     decoded,
     fitted,
@@ -44,6 +45,21 @@ def photograph(size: tuple[int, int] = (40, 60)) -> Photograph:
     for channel, mask in enumerate(masks):
         pixels[mask, channel] = 255
     return Photograph(Image.fromarray(pixels), torch.from_numpy(np.stack(masks)), torch.tensor([2, 1, 5]), 0)
+
+
+def test_training_images_are_counted_as_they_are_read(root: Path) -> None:
+    """Those with an object that is no crowd; files alone where the JSON is too long to be read before a job is submitted."""
+    assert count_training_images(root) == len(CocoSource(root, "train")) == 4
+    assert count_training_images(root, most=100) == 6
+    file = root / "annotations/instances_train2017.json"
+    held = json.loads(file.read_text())
+    held["annotations"] = [row for row in held["annotations"] if row["iscrowd"]]
+    file.write_text(json.dumps(held))
+    with pytest.raises(BadInput, match=r"instances_train2017\.json: no image has an object"):
+        count_training_images(root)
+    file.unlink()
+    with pytest.raises(BadInput, match=r"instances_train2017\.json: No such file"):
+        count_training_images(root)
 
 
 def test_reading(root: Path) -> None:
