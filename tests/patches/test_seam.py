@@ -254,7 +254,7 @@ def test_maskers_of_other_papers_in_every_script(mae: LikeMAE, images: Tensor, m
         assert mask_of_mae.sum(dim=1).tolist() == [48] * 4
         assert masks_for(beit, images, torch.zeros(4, 64, dtype=torch.bool)).sum(dim=1).tolist() == [20] * 4
     if mask.startswith("attn"):
-        (attention,) = seam.attention_maps(mae, images, "last")
+        (attention,) = seam.encoder_signal(mae, images, "attention", "last")
         received = attention[:, :, 0, 1:].mean(dim=1)
         ranked = received.argsort(dim=1, descending=mask == "attn-high")
         assert mask_of_mae.gather(1, ranked)[:, :48].all()
