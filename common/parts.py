@@ -50,6 +50,7 @@ DEFAULT_CANDIDATES = 16
 
 _EMPTY = 1e-3  # a part that explains less than this many patches is empty
 _TINY = 1e-30
+_TIED = 1e-5  # sums of a greedy seed's candidates that differ by less than this share are equal up to rounding
 _ROUNDING = 1e-6  # spread below this share of the largest entry is rounding noise: the rows are constant
 
 
@@ -599,7 +600,9 @@ def _kmeans_plus_plus(distances: Tensor, num_parts: int, uniforms: Tensor) -> Te
 
     Candidates are drawn in proportion to their squared distance from the seeds so far, and the one is taken after which the
     squared distances to the nearest seed sum up to the least. A single candidate (C = 1, the plain form) likes outliers,
-    which lie far from everything; the sum does not. Where every patch already lies on a seed, the remaining ones are patch 0.
+    which lie far from everything; the sum does not. Of two patches that are each other's nearest, either leaves the same sum, so
+    sums that are equal up to rounding count as tied, and the candidate drawn first is taken: rounding is not to decide.
+    Where every patch already lies on a seed, the remaining ones are patch 0.
 
     Args:
         uniforms: [B, 1 + (K - 1) * C].
@@ -612,7 +615,9 @@ def _kmeans_plus_plus(distances: Tensor, num_parts: int, uniforms: Tensor) -> Te
         targets = uniforms[:, 1 + k * candidates : 1 + (k + 1) * candidates] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, targets, right=True) % patches  # [B, C]
         left = torch.minimum(_rows_of(distances, drawn), closest[:, None])  # [B, C, N]
-        best = left.sum(dim=2).argmin(dim=1, keepdim=True)  # [B, 1]
+        sums = left.sum(dim=2)  # [B, C]
+        tied = sums <= sums.amin(dim=1, keepdim=True) * (1 + _TIED)
+        best = tied.int().argmax(dim=1, keepdim=True)  # [B, 1], the first of them
         seeds.append(drawn.gather(1, best))
         closest = _rows_of(left, best)[:, 0]
     return torch.cat(seeds, dim=1)
