@@ -32,7 +32,8 @@ def test_help_shows_every_flag_with_its_default() -> None:
         ("--data_path /nowhere", "--data_path /nowhere: no such folder"),
         (
             "--input_size 16 --model mae_vit_tiny_patch4",
-            "K = 40 parts is above the N = 16 patches of an image (image 16, patch grid 4x4; see --mask_ratio, --parts_start)",
+            "K = 40 parts is above the N = 16 patches of an image "
+            "(image 16, patch grid 4x4; see --mask_ratio, --parts_start, --preset small)",
         ),
         ("--epochs ten", "argument --epochs: invalid int value: 'ten' (see --help)"),
     ],

@@ -78,7 +78,7 @@ def test_command_line(tmp_path: Path) -> None:
     """One line on stderr and exit code 2 where units do not fit the grid."""
     run = run_module(f"simmim_evolved.main_simmim --input_size 208 --mask official --output_dir {tmp_path}")
     assert run.returncode == 2
-    assert run.stderr.startswith("main_simmim: error: mask_unit 2 does not divide the patch grid 13x13")
+    assert run.stderr.startswith("main_simmim: error: --mask_unit 2 does not divide the patch grid 13x13")
     assert run.stderr.count("\n") == 1
 
 

@@ -174,7 +174,7 @@ def test_help_prints_variables_and_flags_and_submits_nothing(login: Login, name:
     assert own | {"PARTITION", "CPUS_PER_TASK", "MAX_RESTARTS", "AFTER", "OUTPUT_DIR", "DATA_PATH"} <= variables
     assert ("UPSTREAM" in variables) == ("UPSTREAM" in own), "only what the script reads"
     assert "--weight_decay" in shown
-    assert "--config FILE" in shown
+    assert "--config RECIPE" in shown
 
 
 @pytest.mark.parametrize("flags", ["--config --help", "--init_from x -h", "--help=x"])
