@@ -553,7 +553,7 @@ def test_greedy_seeds_equal_plain_loops(parts, candidates):
 
 
 def test_rounding_does_not_choose_greedy_seeds():
-    """Graphs that differ by rounding have the same seeds, also where two patches are each other's nearest (64 images, seed 30)."""
+    """Graphs that differ by rounding have the same seeds, also where two patches are each other's nearest (seed 30)."""
     rows = torch.randn(64, 16, 16, generator=seeded(30))
     noisy = rows * (1 + 1e-6 * torch.randn(rows.shape, generator=seeded(31)))
     uniforms = torch.rand(64, 1 + 9 * 16, generator=seeded(32))
