@@ -79,11 +79,13 @@ def test_an_unknown_name_is_one_line_with_the_names(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput) as error:
         parse_flags(TokenizerConfig, "p", "", ["--config", "demo2"])
-    assert str(error.value) == "--config demo2: no such file, and no recipe by that name (recipes: demo_tokenizer)"
+    assert (
+        str(error.value) == "--config demo2: no such file, and no recipe by that name (recipes: demo_tokenizer, scenes_tokenizer)"
+    )
 
 
 def test_a_command_run_as_a_program_finds_its_recipes() -> None:
     """As a program its configuration is of the module __main__."""
     done = run_module("simmim_evolved.main_simmim --config nothing", PYTHONPATH=os.fspath(ROOT))
     assert done.returncode == 2
-    assert "(recipes: demo, official_simmim_base_800, table4_simmim_small_200" in done.stderr
+    assert "(recipes: demo, official_simmim_base_800, scenes, table4_simmim_small_200" in done.stderr
