@@ -77,8 +77,8 @@ class PretrainingMethod:
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
-    """Loss of a model that returns (loss, prediction) for images and mask."""
-    loss, _ = model(batch.images, mask)
+    """Loss of a model that returns (loss, prediction) for images and mask; nothing is predicted that is not compared."""
+    loss, _ = model(batch.images, mask, mask)
     return loss
 
 

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from common.masks import BLOCK_ATTEMPTS, BLOCK_DRAWS, block_masks, check_mask, count_masked, grid_classes, mae_ids, pixel_mask
+from common.masks import (
+    BLOCK_ATTEMPTS,
+    BLOCK_DRAWS,
+    block_masks,
+    check_mask,
+    count_masked,
+    grid_classes,
+    mae_ids,
+    masked_places,
+    pixel_mask,
+)
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -221,3 +231,19 @@ def test_pixel_mask(height, width, patch):
     expected = np.kron(mask.reshape(2, height, width).numpy(), np.ones((1, patch, patch), dtype=bool))
     assert pixels.dtype == torch.bool
     assert np.array_equal(pixels.numpy(), expected)
+
+
+@pytest.mark.parametrize(("counts", "length"), [((5, 5, 5), 5), ((3, 0, 17), 32), ((1, 2, 40), 40), ((0, 0, 0), 0)])
+def test_masked_places(counts, length):
+    """In raster order, each image's own; rows of uneven counts are filled up with visible patches, to a multiple of 16."""
+    mask = torch.zeros(3, 40, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for image, count in enumerate(counts):
+        mask[image, torch.randperm(40, generator=generator)[:count]] = True
+    places, real = masked_places(mask)
+    assert places.shape == (3, length)
+    assert (real is None) == (len(set(counts)) == 1)
+    for image, count in enumerate(counts):
+        assert places[image, :count].tolist() == mask[image].nonzero()[:, 0].tolist()
+        assert not mask[image, places[image, count:]].any()
+        assert real is None or real[image].tolist() == [i < count for i in range(length)]

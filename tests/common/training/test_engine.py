@@ -142,7 +142,7 @@ def test_nonfinite_loss_stops_with_place_names_and_state(train: Train, monkeypat
     def poisoned(model: torch.nn.Module, batch: Batch, mask: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        loss, _ = model(batch.images, mask)
+        loss, _ = model(batch.images, mask, mask)
         return loss * (float("nan") if calls == 7 else 1.0)  # update 2 of epoch 1
 
     with monkeypatch.context() as patch:
