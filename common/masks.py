@@ -417,6 +417,22 @@ def pixel_mask(mask: Tensor, height: int, width: int, patch_size: int) -> Tensor
     return grid.repeat_interleave(patch_size, dim=1).repeat_interleave(patch_size, dim=2)
 
 
+def share_of_masked(mask: Tensor, share: float, uniforms: Tensor) -> Tensor:
+    """Some of the masked patches of each image, those with the largest numbers.
+
+    Args:
+        mask: bool [B, N], the same count m in every row.
+        share: of m, inside (0, 1]; rounded, at least one patch.
+        uniforms: [B, N] numbers in [0, 1).
+
+    Returns:
+        bool [B, N].
+    """
+    count = max(round(share * int(mask[0].sum())), 1)
+    chosen = torch.where(mask, uniforms, -1.0).topk(count, dim=1).indices
+    return torch.zeros_like(mask).scatter(1, chosen, True)
+
+
 LENGTH_STEP = 16  # uneven counts are padded to a multiple of this, so that batches have few different lengths
 
 

@@ -19,6 +19,7 @@ from common.masks import (
     mae_ids,
     masked_places,
     pixel_mask,
+    share_of_masked,
 )
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
@@ -247,3 +248,17 @@ def test_masked_places(counts, length):
         assert places[image, :count].tolist() == mask[image].nonzero()[:, 0].tolist()
         assert not mask[image, places[image, count:]].any()
         assert real is None or real[image].tolist() == [i < count for i in range(length)]
+
+
+@pytest.mark.parametrize(("share", "count"), [(1.0, 10), (0.5, 5), (0.25, 2), (0.01, 1)])
+def test_share_of_masked(share, count):
+    """That many of the masked patches, those with the largest numbers; each with the same chance (2000 images, seed 0)."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(2000, 24, dtype=torch.bool)
+    mask[:, torch.randperm(24, generator=generator)[:10]] = True
+    uniforms = torch.rand(2000, 24, generator=generator)
+    chosen = share_of_masked(mask, share, uniforms)
+    assert (chosen.sum(dim=1) == count).all()
+    assert not (chosen & ~mask).any()
+    assert (torch.where(chosen, uniforms, 2).amin(dim=1) >= torch.where(mask & ~chosen, uniforms, -1).amax(dim=1)).all()
+    assert stats.chisquare(chosen.sum(dim=0)[mask[0]].numpy()).pvalue > 0.01 or share == 1
