@@ -55,8 +55,8 @@ types: $(VENV)/.dev  ## mypy
 
 check: lint types test  ## everything CI runs
 
-benchmark: $(VENV)/.dev  ## what the mask costs on this machine
-	$(RUN) -m benchmarks.mask_cost
+benchmark: $(VENV)/.dev  ## what a step and its mask cost on this machine, ViT-S; OFFICIAL="CLONES": beside the official models
+	$(RUN) -m benchmarks.train_step --models small --repeats 3 $(if $(OFFICIAL),--official $(OFFICIAL))
 
 clean:  ## remove the virtual environment and outputs
 	rm -rf $(VENV) output

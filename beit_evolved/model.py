@@ -4,7 +4,8 @@ The encoder sees a mask token in the place of every masked patch; a linear head 
 a class of the tokenizer's codebook. Names and shapes of the state dict are those of the official
 `modeling_pretrain.py` (microsoft/unilm, folder beit), so checkpoints move both ways.
 
-B batch   H, W patch grid   N = H*W patches   M masked patches of the whole batch   D width   V vocabulary
+B batch   H, W patch grid   N = H*W patches   Q most masked patches of an image   M those of the whole batch
+D width   V vocabulary
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from common.masks import masked_places
 from common.models.initialisation import init_normal
 from common.models.mask_token_encoder import MaskTokenEncoder
 
@@ -46,7 +48,9 @@ class BEiT(MaskTokenEncoder):
         Returns:
             Logits [M, V]: the masked patches of the first image in raster order, then those of the second, ...
         """
-        return self.lm_head(self.encode(images, mask)[mask])
+        places, real = masked_places(mask)
+        tokens = self.encode(images, mask, places)  # [B, Q, D]
+        return self.lm_head(tokens.flatten(0, 1) if real is None else tokens[real])
 
 
 # BEiT-B and -L as in the official code (its recipe for -L starts layer scale at 1e-5), and ViT-S of the paper's

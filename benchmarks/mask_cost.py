@@ -13,27 +13,24 @@ B images   N patches   D width   h heads   L blocks   T = 1 + N tokens   K parts
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import math
-import os
-import platform
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.skipped_passes import add_schedule_arguments, skipped_by_epoch, write_json
+from benchmarks.timing import added_memory, machine, memory_method, seconds_of
 from common.attention import attention_mode, patch_graph
 from common.evolved_mask import EvolvedMask, MaskConfig, count_masked
 from common.parts import DEFAULT_FLOOR, PartsFit, fit_parts, partition_parts
+from common.training.optim import adamw
 from mae_evolved.model import MODELS, MaskedAutoencoder
 
 PROMISED = {"model": "mae_vit_base_patch16", "images": 64, "patches": 196, "parts": 40, "iterations": 15}
@@ -90,7 +87,7 @@ class Workload:
         self.sample_ids = torch.arange(len(images), device=images.device)
         config = MaskConfig(num_parts=num_parts, iterations=iterations)
         self.masker = EvolvedMask(model.grid_size, count_masked(self.patches, mask_ratio), 1, config)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+        self.optimizer = adamw([{"params": list(model.parameters()), "weight_decay": 0.05}], 1e-4, (0.9, 0.95))
         self.mask = self.draws_and_selection()
         self.graph = self.attention_pass()
         with attention_mode(model), self._autocast():
@@ -146,7 +143,7 @@ class Workload:
         micro_batches = math.ceil(len(self.images) / self.batch_train)
         for images, mask in zip(self.images.split(self.batch_train), self.mask.split(self.batch_train), strict=True):
             with self._autocast():
-                loss, _ = self.model(images, mask)
+                loss, _ = self.model(images, mask, mask)
             (loss / micro_batches).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,67 +219,16 @@ def measure_stages(stages: dict[str, Callable[[], Any]], repeats: int, device: t
     memory: dict[str, int | None] = {}
     times: dict[str, list[float]] = {name: [] for name in stages}
     for name, stage in stages.items():
-        first = _seconds(stage, device)
+        first = seconds_of(stage, device)
         runs[name] = 1 if first >= SHORT else min(MOST_RUNS, math.ceil(SHORT / max(first, 1e-6)))
     for name, stage in stages.items():
         memory[name] = added_memory(stage, device)
     for _ in range(repeats):
         for name, stage in stages.items():
-            times[name] += [_seconds(stage, device) for _ in range(runs[name])]
+            times[name] += [seconds_of(stage, device) for _ in range(runs[name])]
     return {
         name: Cost(statistics.median(taken), min(taken), max(taken), len(taken), memory[name]) for name, taken in times.items()
     }
-
-
-def _seconds(stage: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    stage()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def added_memory(stage: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes by which the peak during `stage` exceeds what was held before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        stage()
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    if not _reset_peak():
-        return None
-    before = _status_bytes("VmRSS")
-    stage()
-    return max(_status_bytes("VmHWM") - before, 0)
-
-
-def _reset_peak() -> bool:
-    """Gives freed memory back to the system and sets the process's peak to what it holds now; False if not Linux."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise a stage could reuse freed memory and seem to add none
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status_bytes("VmHWM") > 0
-    except (OSError, AttributeError):
-        return False
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def memory_method(device: torch.device) -> str:
-    """How the column of memory was made, in words."""
-    if device.type == "cuda":
-        return "peak of torch.cuda's allocated memory above the level before the stage"
-    return "peak resident memory of the process (Linux VmHWM) above the level before the stage, freed memory returned first"
 
 
 # --- Ratios -----------------------------------------------------------------------------------------------------
@@ -379,20 +325,6 @@ def report_ratios(compared: Sequence[Ratio]) -> str:
         verdict = f"   target {ratio.target}: {ratio.verdict}" if ratio.target else ""
         lines.append(f"{ratio.name:<{width}}  {value:>8}  {fastest:>12}{verdict}")
     return "\n".join(lines)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

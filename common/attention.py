@@ -52,7 +52,8 @@ class AttentionTap:
         tap.maps[0]  # [B, h, T, T]
 
     Fused attention (`scaled_dot_product_attention`, flash attention) never makes the map, and so never runs
-    `attn_drop`: that is an error, which names the block. In timm 1.x `block.attn.fused_attn = False` turns it off.
+    `attn_drop`. Where `attn.fused_attn` says so (ours, timm 1.x), it is turned off in the chosen blocks while maps are
+    read, and given back; a block that is fused without that attribute is an error, which names it.
 
     Args:
         blocks: the encoder's blocks; each needs `attn.attn_drop`. A block that stands there twice is read at each run.
@@ -82,6 +83,7 @@ class AttentionTap:
         self._reads = [0] * len(self.blocks)  # maps that each block gave
         self._runs = [0] * len(self.blocks)  # runs of its attention
         self._handles: list[Any] = []
+        self._unfused: list[Any] = []  # attention modules whose fused attention is off while the tap is open
 
     @property
     def maps(self) -> list[Tensor]:
@@ -114,6 +116,9 @@ class AttentionTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for attention in self._unfused:
+            attention.fused_attn = True
+        self._unfused.clear()
 
     def _hook(self, place: int) -> None:
         attention = self._attention(place, "attn_drop")
@@ -121,6 +126,10 @@ class AttentionTap:
             self._handles.append(attention.attn_drop.register_forward_pre_hook(self._read_softmax(place)))
         else:
             self._handles.append(self._attention(place, "qkv").qkv.register_forward_hook(self._read_scores(place, attention)))
+
+        if getattr(attention, "fused_attn", False) is True:
+            self._unfused.append(attention)
+            attention.fused_attn = False
 
         def count(*_: Any) -> None:
             self._runs[place] += 1
@@ -164,7 +173,7 @@ class AttentionTap:
             if reads < runs:
                 raise RuntimeError(
                     f"{self._name(place)} ran its attention without running attn.{needed}, so there is no map to read: "
-                    "fused attention must be turned off in this block (timm 1.x: block.attn.fused_attn = False)"
+                    "fused attention must be turned off in this block (attn.fused_attn, where a block has it, is)"
                 )
 
     def _check_all_ran(self) -> None:

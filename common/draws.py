@@ -40,6 +40,7 @@ class Stream(IntEnum):
     MODEL = 19  # torch's own generator in a training step (dropout, drop-path)
     OFFICIAL = 20  # all global generators in an epoch of a patched official script
     OFFICIAL_MASK = 21  # the mask's generator in such an epoch
+    DECODED = 22  # which masked patches are predicted (`--decode_share`)
     SCENE = 32  # one composed scene: background, cut-outs, places
     SHAPE = 33  # one drawn cut-out or background, where there are no photographs
 

@@ -415,3 +415,39 @@ def pixel_mask(mask: Tensor, height: int, width: int, patch_size: int) -> Tensor
     """Contract mask -> bool [B, H*p, W*p], True on the pixels of masked patches."""
     grid = mask.reshape(-1, height, width)
     return grid.repeat_interleave(patch_size, dim=1).repeat_interleave(patch_size, dim=2)
+
+
+def share_of_masked(mask: Tensor, share: float, uniforms: Tensor) -> Tensor:
+    """Some of the masked patches of each image, those with the largest numbers.
+
+    Args:
+        mask: bool [B, N], the same count m in every row.
+        share: of m, inside (0, 1]; rounded, at least one patch.
+        uniforms: [B, N] numbers in [0, 1).
+
+    Returns:
+        bool [B, N].
+    """
+    count = max(round(share * int(mask[0].sum())), 1)
+    chosen = torch.where(mask, uniforms, -1.0).topk(count, dim=1).indices
+    return torch.zeros_like(mask).scatter(1, chosen, True)
+
+
+LENGTH_STEP = 16  # uneven counts are padded to a multiple of this, so that batches have few different lengths
+
+
+def masked_places(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Contract mask -> where its masked patches are, for gathering them alone. Counts may differ between images.
+
+    Returns:
+        places: int64 [B, Q], masked patches of each image in raster order, then visible ones that fill the row up; Q is m
+            where all images have m.
+        real: bool [B, Q], False where the row is filled up; None where nothing is.
+    """
+    counts = mask.sum(dim=1)
+    least, most = torch.stack(counts.aminmax()).tolist()  # one wait for the GPU
+    if least == most:
+        return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most], None
+    length = min(-(-most // LENGTH_STEP) * LENGTH_STEP, mask.shape[1])
+    places = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]
+    return places, torch.arange(length, device=mask.device) < counts[:, None]

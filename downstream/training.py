@@ -24,7 +24,7 @@ from common.training.data import Batch, RankBatches, Samples, Transform, collate
 from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput
 from common.training.loop import Loop
-from common.training.optim import EncoderEMA
+from common.training.optim import EncoderEMA, adamw
 from common.training.task import Collate, Outcome, Run, Task
 from downstream.from_checkpoint import Taken, take
 from downstream.pictures import draw_curves
@@ -400,7 +400,7 @@ def say_once(processes: Processes) -> Callable[[str], None]:
 def layerwise_adamw(model: nn.Module, config: TunedEncoderConfig, lr: float) -> torch.optim.Optimizer:
     """AdamW with the groups of :func:`layerwise_groups`."""
     groups = layerwise_groups(model, config.layer_decay, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2))
+    return adamw(groups, lr, (config.beta1, config.beta2))
 
 
 def layerwise_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -28,6 +28,16 @@ class MAEConfig(TrainConfig):
     models: ClassVar[Mapping[str, Any]] = MODELS
     model: str = option("mae_vit_small_patch16", f"one of {', '.join(MODELS)}", group="model")
     norm_pix_loss: bool = option(True, "predict pixels normalised within their patch", group="model")
+    decode_share: float = option(
+        1.0,
+        "share of an image's masked patches that the decoder sees and predicts, drawn anew in each epoch; below 1 the step is "
+        "cheaper and no longer MAE's (docs/method.md)",
+        group="model",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("decode_share", 0 < self.decode_share <= 1, "must be above 0 and at most 1")
 
 
 def build(config: MAEConfig) -> PretrainingMethod:
@@ -40,6 +50,7 @@ def build(config: MAEConfig) -> PretrainingMethod:
         picture_transform=picture_transform(config),
         not_in_attention=("decoder_embed", "decoder_blocks", "decoder_norm", "decoder_pred"),
         may_miss=ENCODER_FREE_PREFIXES,
+        decode_share=config.decode_share,
     )
 
 

@@ -4,8 +4,8 @@ The encoder sees the visible patches only; a small decoder fills mask tokens in 
 their pixels. Names and shapes of the state dict are those of the official `models_mae.py`
 (facebookresearch/mae), so checkpoints move both ways.
 
-B batch   H, W patch grid   N = H*W patches   m masked, V = N - m visible patches   D encoder width
-E decoder width   p patch size in pixels   C = 3 colours
+B batch   H, W patch grid   N = H*W patches   m masked, V = N - m visible patches   Q predicted patches
+D encoder width   E decoder width   p patch size in pixels   C = 3 colours
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from common.attention import Layers, Values
-from common.masks import mae_ids
-from common.models.block import Attention, Block, LayerNorm
+from common.masks import mae_ids, masked_places
+from common.models.block import Attention, Block, LayerNorm, take
 from common.models.initialisation import reset_as_mae
 from common.models.names import patch_grid
 from common.models.positions import sincos_positions
@@ -102,6 +103,12 @@ class MaskedAutoencoder(nn.Module):
         """Patch embeddings with positions: [B, N, D]."""
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
+    def embed_patches(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
+        """The embeddings of :meth:`embed`, made for some patches of :meth:`patchify` only: [B, V, D]."""
+        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p*p*3]
+        tokens = functional.linear(take(patches, ids_keep), weight, self.patch_embed.proj.bias)
+        return tokens + functional.embedding(ids_keep + 1, self.pos_embed[0])
+
     def with_class_token(self, tokens: Tensor) -> Tensor:
         """[B, V, D] -> [B, 1+V, D]."""
         first = self.cls_token + self.pos_embed[:, :1]
@@ -109,7 +116,10 @@ class MaskedAutoencoder(nn.Module):
 
     def encode(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Latent of the class token and the visible patches `ids_keep` [B, V]: [B, 1+V, D]."""
-        tokens = _take(self.embed(images), ids_keep)
+        return self.encode_tokens(take(self.embed(images), ids_keep))
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Embeddings of the visible patches [B, V, D] -> latent [B, 1+V, D]."""
         tokens = self.with_class_token(tokens)
         for block in self.blocks:
             tokens = block(tokens)
@@ -132,42 +142,67 @@ class MaskedAutoencoder(nn.Module):
         visible = self.decoder_embed(latent)
         absent = ids_restore.shape[1] + 1 - visible.shape[1]
         blank = self.mask_token.expand(len(visible), absent, -1)
-        in_place = _take(torch.cat([visible[:, 1:], blank.to(visible.dtype)], dim=1), ids_restore)
+        in_place = take(torch.cat([visible[:, 1:], blank.to(visible.dtype)], dim=1), ids_restore)
         tokens = torch.cat([visible[:, :1], in_place], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
 
+    def decode_at(self, latent: Tensor, ids_keep: Tensor, places: Tensor) -> Tensor:
+        """Predicted pixels of the patches `places` [B, Q] alone, from the latent of those in `ids_keep`: [B, Q, p*p*3].
+
+        Attention does not ask for the order of its tokens, so the predicted patches stand at the end of the row: nothing is
+        put in place, and the last block, the norm and the head run on the end alone. Patches in neither list are left out.
+        """
+        order = torch.cat([torch.zeros_like(ids_keep[:, :1]), ids_keep + 1], dim=1)  # class token, visible patches
+        visible = self.decoder_embed(latent) + functional.embedding(order, self.decoder_pos_embed[0])
+        blank = self.mask_token + functional.embedding(places + 1, self.decoder_pos_embed[0])
+        tokens = torch.cat([visible, blank.to(visible.dtype)], dim=1)
+        for block in self.decoder_blocks[:-1]:
+            tokens = block(tokens)
+        tokens = self.decoder_blocks[-1](tokens, None, slice(visible.shape[1], None))
+        return self.decoder_pred(self.decoder_norm(tokens))
+
     def targets(self, images: Tensor) -> Tensor:
         """Pixels to predict: [B, N, p*p*3], normalised within each patch under `norm_pix_loss`."""
-        patches = self.patchify(images)
+        return self.targets_of(self.patchify(images))
+
+    def targets_of(self, patches: Tensor) -> Tensor:
+        """The same from some of the patches of :meth:`patchify`."""
         if not self.norm_pix_loss:
             return patches
         return (patches - patches.mean(dim=2, keepdim=True)) / (patches.var(dim=2, keepdim=True) + 1e-6).sqrt()
 
-    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, mask: Tensor, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reconstructs the masked patches.
 
         Args:
             images: [B, 3, H*p, W*p].
             mask: bool [B, N], True = masked, the same count in every row (common/masks.py).
+            predicted: bool [B, N], the masked patches that are predicted and compared, the same count Q in every row; None:
+                all patches are predicted, the masked ones compared. The mask itself gives the same loss sooner. Masked
+                patches that are not chosen are left out of the decoder.
 
         Returns:
-            The mean squared error over masked patches (a scalar), and the prediction [B, N, p*p*3].
+            The mean squared error over the masked (or the chosen) patches, a scalar, and the prediction [B, N, p*p*3], or that
+            of the chosen patches in raster order, [B, Q, p*p*3].
         """
         ids_keep, ids_restore = mae_ids(mask)
-        prediction = self.decode(self.encode(images, ids_keep), ids_restore)
-        error = (prediction.float() - self.targets(images.float())).square().mean(dim=2)  # [B, N]
-        return (error * mask).sum() / mask.sum(), prediction
+        if predicted is None:
+            prediction = self.decode(self.encode(images, ids_keep), ids_restore)
+            error = (prediction.float() - self.targets(images.float())).square().mean(dim=2)  # [B, N]
+            return (error * mask).sum() / mask.sum(), prediction
+        places, uneven = masked_places(predicted)
+        if uneven is not None:
+            raise ValueError("MAE needs the same number of predicted patches in every image")
+        patches = self.patchify(images)  # once, for the visible patches and for the targets
+        prediction = self.decode_at(self.encode_tokens(self.embed_patches(patches, ids_keep)), ids_keep, places)
+        target = self.targets_of(take(patches, places).float())
+        return (prediction.float() - target).square().mean(), prediction
 
 
 def _blocks(depth: int, width: int, heads: int) -> nn.ModuleList:
-    return nn.ModuleList(Block(Attention(width, heads)) for _ in range(depth))
-
-
-def _take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """tokens[b, ids[b, i]]: [B, I, D]."""
-    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
+    return nn.ModuleList(Block(Attention(width, heads, fused=True)) for _ in range(depth))
 
 
 # The sizes of the official code, and ViT-S of the paper's Table 4 (384 wide, 12 deep, 6 heads). The tiny models

@@ -15,11 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from common.attention import Layers, Values
-from common.masks import pixel_mask
+from common.masks import masked_places, pixel_mask
+from common.models.block import take
 from common.models.mask_token_encoder import MaskTokenEncoder
 from common.signals import Graph
+
+EMPTY = 1e-5
+"""By which the official code keeps its division defined for an empty mask; kept, for equal losses."""
 
 
 class SimMIM(nn.Module):
@@ -54,18 +59,40 @@ class SimMIM(nn.Module):
         tokens = self.encoder.encode(images, mask)  # [B, N, D]
         return self.decoder(tokens.transpose(1, 2).reshape(len(tokens), -1, *self.grid_size))
 
-    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruct_at(self, images: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        """Predicted pixels of the patches `places` [B, Q] alone: [B, Q, 3*p*p], colours outermost."""
+        pixels: Any = self.decoder[0]
+        return functional.linear(self.encoder.encode(images, mask, places), pixels.weight.flatten(1), pixels.bias)
+
+    def forward(self, images: Tensor, mask: Tensor, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reconstructs the image and compares the masked pixels.
 
         Args:
             images: [B, 3, P, Q].
             mask: bool [B, N], True = masked; counts may differ between images.
+            predicted: bool [B, N], the masked patches that are predicted and compared, and no others; None: all patches
+                are predicted, the masked ones compared. The mask itself gives the same loss sooner.
 
         Returns:
-            The mean absolute error over masked pixels (a scalar), and the prediction [B, 3, P, Q].
+            The mean absolute error over the masked (or the chosen) pixels, a scalar, and the prediction [B, 3, P, Q], or
+            that of the chosen patches [B, most of an image, 3*p*p], filled up where an image has fewer.
         """
-        prediction = self.reconstruct(images, mask)
-        return masked_l1(prediction.float(), images.float(), mask, self.grid_size), prediction
+        if predicted is None:
+            prediction = self.reconstruct(images, mask)
+            return masked_l1(prediction.float(), images.float(), mask, self.grid_size), prediction
+        places, real = masked_places(predicted)
+        prediction = self.reconstruct_at(images, mask, places)
+        target = take(self.patchify(images.float()), places)
+        error = (prediction.float() - target).abs()
+        if real is not None:
+            error = torch.where(real[..., None], error, 0.0)
+        return error.sum() / (predicted.sum() * self.patch_size**2 + EMPTY) / 3, prediction
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """[B, 3, H*p, W*p] -> [B, N, 3*p*p], colours outermost."""
+        (down, across), size = self.grid_size, self.patch_size
+        cut = images.reshape(len(images), 3, down, size, across, size)
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -78,8 +105,7 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, grid_size: tuple
     height, width = grid_size
     masked = pixel_mask(mask, height, width, target.shape[-1] // width)[:, None]  # [B, 1, P, Q]
     error = torch.where(masked, (prediction - target).abs(), 0.0)
-    # The official code keeps the division defined for an empty mask by this small number; kept, for equal losses.
-    return error.sum() / (masked.sum() + 1e-5) / target.shape[1]
+    return error.sum() / (masked.sum() + EMPTY) / target.shape[1]
 
 
 # The base model of the official code, and ViT-S of the paper's Table 4 (384 wide, 12 deep, 6 heads). The tiny models

@@ -4,6 +4,7 @@ No absolute positions; one relative position bias for all blocks. Names and shap
 the official code of both.
 
 B batch   H, W patch grid   N = H*W patches   T = 1 + N tokens   D width   h heads   p patch size in pixels
+Q wanted patches of an image
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class MaskTokenEncoder(nn.Module):
         self.patch_embed = PatchEmbed(input_size, patch_size, 3, width)
         self.rel_pos_bias = RelativePositionBias(self.grid_size, heads)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(Attention(width, heads, key_bias=False), layer_scale, rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(Attention(width, heads, key_bias=False, fused=True), layer_scale, rate) for rate in rates
+        )
         self.norm = LayerNorm(width)
         self.reset_parameters()
 
@@ -73,12 +76,19 @@ class MaskTokenEncoder(nn.Module):
             tokens = torch.where(mask[..., None], self.mask_token, tokens)
         return torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
 
-    def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalised tokens of the patches, without the class token: [B, N, D]."""
+    def encode(self, images: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """Normalised tokens of the patches, without the class token: [B, N, D].
+
+        Args:
+            places: int64 [B, Q], the patches whose tokens are wanted: [B, Q, D] is returned. The last block computes
+                queries and MLP for these alone.
+        """
         tokens, bias = self.embed(images, mask), self.rel_pos_bias()
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             tokens = block(tokens, bias)
-        return self.norm(tokens)[:, 1:]
+        if places is None:
+            return self.norm(self.blocks[-1](tokens, bias))[:, 1:]
+        return self.norm(self.blocks[-1](tokens, bias, places + 1))
 
     def attention_maps(self, images: Tensor, layers: Layers = "all", values: Values = "softmax") -> Iterator[Tensor]:
         """Attention on whole images, one [B, h, T, T] a block, as the blocks run; scores too hold the position bias."""

@@ -171,7 +171,12 @@ class OptimisationConfig(Flags):
     precision: Precision = option(
         "auto", "auto: bf16 autocast on a GPU, fp32 on a CPU; fp16 uses a gradient scaler", group="optimisation"
     )
-    compile: bool = option(False, "torch.compile the training step (the attention pass stays eager)", group="optimisation")
+    compile: bool = option(
+        False,
+        "torch.compile the transformer blocks in training (a model without any: the whole of it); the attention pass and "
+        "evaluation stay eager",
+        group="optimisation",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

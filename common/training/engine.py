@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from common.attention import Layers, Values, attention_mode
+from common.draws import SampleDraws, Stream
 from common.evolved_mask import AttentionFn, EvolvedMask, MaskBatch
 from common.mask_config import MaskConfig
+from common.masks import share_of_masked
 from common.signals import Graph
 from common.training.checkpoint import check_same_run, load_weights
 from common.training.config import TrainConfig
@@ -55,7 +57,8 @@ class PretrainingMethod:
     Attributes:
         name: for titles and messages.
         model: an nn.Module that is an :class:`AttentionSource`.
-        loss: (model, batch, mask [B, N]) -> scalar loss, the mean over the batch.
+        loss: (model, batch, mask [B, N]) -> scalar loss, the mean over the batch. Below a decode_share of 1 a fourth argument,
+            bool [B, N], says which masked patches are predicted.
         transform: image -> view or views.
         picture_transform: image -> normalised [3, H, W] without randomness.
         not_in_attention: submodules that the attention pass does not run.
@@ -63,22 +66,28 @@ class PretrainingMethod:
         facts: plain values that the targets depend on (which tokenizer, say); written to run.json and to checkpoints,
             and a resumed run must have the same.
         notes: lines for the user that the start of a run says.
+        decode_share: share of the masked patches of an image that are predicted, drawn anew in each epoch.
     """
 
     name: str
     model: nn.Module
-    loss: Callable[[nn.Module, Batch, Tensor], Tensor]
+    loss: Callable[..., Tensor]
     transform: Transform
     picture_transform: Transform
     not_in_attention: tuple[str, ...] = ()
     may_miss: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    decode_share: float = 1.0
 
 
-def reconstruction_loss(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
-    """Loss of a model that returns (loss, prediction) for images and mask."""
-    loss, _ = model(batch.images, mask)
+def reconstruction_loss(model: nn.Module, batch: Batch, mask: Tensor, decoded: Tensor | None = None) -> Tensor:
+    """Loss of a model that returns (loss, prediction) for images and mask; nothing is predicted that is not compared.
+
+    Args:
+        decoded: bool [B, N], the masked patches that are predicted; None: all of them.
+    """
+    loss, _ = model(batch.images, mask, mask if decoded is None else decoded)
     return loss
 
 
@@ -184,7 +193,11 @@ class PretrainingTask(Task):
         return masks
 
     def loss(self, model: nn.Module, batch: Batch, prepared: MaskBatch) -> Tensor:
-        return self.method.loss(model, batch, prepared.mask)
+        if self.method.decode_share == 1:
+            return self.method.loss(model, batch, prepared.mask)
+        draws = SampleDraws(self.mask.seed, self.mask.epoch, batch.sample_ids).uniform(Stream.DECODED, self.mask.num_patches)
+        decoded = share_of_masked(prepared.mask, self.method.decode_share, draws)
+        return self.method.loss(model, batch, prepared.mask, decoded)
 
     def tallies(self) -> dict[str, Tensor]:
         skipped, self.skipped = self.skipped, torch.zeros_like(self.skipped)

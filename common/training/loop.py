@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.draws import Stream, hash_seed
+from common.models.block import compile_blocks
 from common.training.checkpoint import LAST, save_atomically
 from common.training.data import Batch, RankBatches, Samples, make_loader
 from common.training.errors import BadInput, NonFiniteLoss
@@ -117,13 +118,16 @@ class Loop:
         self.log.say(f"resumed {path} at epoch {self.first_epoch}, update {self.first_update}")
 
     def _wrapped(self) -> nn.Module:
-        """The model as it is trained: compiled, and with gradients averaged over the ranks."""
+        """The model as it is trained: compiled, and with gradients averaged over the ranks.
+
+        What is compiled is inside what averages, so that a block's gradients travel while the next block's are computed.
+        """
         wrapped = self.task.model
+        if self.config.compile:
+            compile_blocks(wrapped)
         if self.processes.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             wrapped = DistributedDataParallel(wrapped, device_ids=ids)
-        if self.config.compile:
-            wrapped = torch.compile(wrapped)  # type: ignore[assignment]
         return wrapped
 
     def _announce(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from common.moving_average import EncoderEMA
 from common.training.config import AdamWConfig, EpochsConfig, OptimisationConfig, RunConfig
 
-__all__ = ["EncoderEMA", "Schedule", "absolute_lr", "lr_after", "make_optimizer"]
+__all__ = ["EncoderEMA", "Schedule", "absolute_lr", "adamw", "lr_after", "make_optimizer"]
 
 
 def absolute_lr(config: OptimisationConfig, effective_batch: int) -> float:
@@ -97,4 +98,20 @@ def make_optimizer(model: nn.Module, config: AdamWConfig, lr: float) -> torch.op
     plain = [value for name, value in trained if name in without_decay]
     decayed = [value for name, value in trained if name not in without_decay]
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2))
+    return adamw(groups, lr, (config.beta1, config.beta2))
+
+
+def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW in one kernel a tensor: a quarter of the time of torch's default on a CPU (docs/LOG.md).
+
+    A state is loaded into the way of computing that this optimiser has, whichever it was saved from.
+    """
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    optimizer.register_load_state_dict_pre_hook(_stay_fused)
+    return optimizer
+
+
+def _stay_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state, with each group saying how this optimiser computes. Older and official states say another way, or nothing."""
+    ways = {"fused": True, "foreach": None, "capturable": False}
+    return {**state, "param_groups": [{**group, **ways} for group in state["param_groups"]]}

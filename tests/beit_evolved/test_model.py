@@ -133,6 +133,23 @@ def test_logits_are_row_major_over_the_batch() -> None:
     assert torch.equal(logits, torch.stack([every[0, 2], every[0, 14], every[1, 0], every[1, 7], every[1, 9]]))
 
 
+@pytest.mark.parametrize("counts", [(6, 6), (9, 2), (15, 0), (0, 0)])
+def test_last_block_at_masked_patches_has_the_same_logits_and_gradients(counts: tuple[int, int]) -> None:
+    """As if every patch went through the last block; even and uneven counts, all and none masked."""
+    torch.manual_seed(0)
+    model = BEiT(**SMALL, drop_path=0.0)
+    torch.nn.init.normal_(model.rel_pos_bias.relative_position_bias_table)
+    images, mask = torch.randn(2, 3, 12, 20), torch.zeros(2, 15, dtype=torch.bool)
+    for image, count in enumerate(counts):
+        mask[image, torch.randperm(15)[:count]] = True
+    logits, whole = model(images, mask), model.lm_head(model.encode(images, mask)[mask])
+    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+    weights, trained = torch.randn(logits.shape), dict(model.named_parameters())
+    made, expected = (torch.autograd.grad((found * weights).sum(), list(trained.values())) for found in (logits, whole))
+    for name, value, wanted in zip(trained, made, expected, strict=True):
+        torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_images_of_a_batch_do_not_mix() -> None:
     model = BEiT(**SMALL).eval()
     images, mask = torch.randn(3, 3, 12, 20), torch.rand(3, 15) < 0.5

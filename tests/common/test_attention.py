@@ -204,17 +204,17 @@ def test_tap_works_on_any_block_with_attn_drop():
 
 
 class FusedAttention(nn.Module):
-    """Attention in the manner of timm 1.x: fused, and then `attn_drop` is there but never run, or spelt out."""
+    """Fused attention that knows no `fused_attn`: `attn_drop` is there but never run, or attention is spelt out."""
 
     def __init__(self, fused=True):
         super().__init__()
-        self.num_heads, self.scale, self.fused_attn = 2, 6**-0.5, fused
+        self.num_heads, self.scale, self.fused = 2, 6**-0.5, fused
         self.qkv, self.attn_drop = nn.Linear(12, 36), nn.Dropout(0.0)
 
     def forward(self, tokens):
         batch, count, width = tokens.shape
         query, key, value = self.qkv(tokens).reshape(batch, count, 3, 2, 6).permute(2, 0, 3, 1, 4)
-        if self.fused_attn:
+        if self.fused:
             mixed = nn.functional.scaled_dot_product_attention(query, key, value)
         else:
             mixed = self.attn_drop((query @ key.transpose(-2, -1) * self.scale).softmax(dim=-1)) @ value
@@ -245,7 +245,7 @@ def test_tap_names_the_block_whose_attention_is_fused():
     with AttentionTap(blocks, [0, 1]) as tap:
         run(blocks, make_tokens())
     assert len(tap.maps) == 2
-    blocks[2].attn.fused_attn = False
+    blocks[2].attn.fused = False
     with AttentionTap(blocks) as tap:
         run(blocks, make_tokens())
     assert len(tap.maps) == 3
@@ -314,7 +314,7 @@ def test_tap_reads_a_block_run_twice():
     def turn_fused():
         with AttentionTap([changing]):
             changing(make_tokens())
-            changing.attn.fused_attn = True
+            changing.attn.fused = True
             changing(make_tokens())
 
     with pytest.raises(RuntimeError, match=r"block 0 \(FusedBlock\)"):

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from common.masks import BLOCK_ATTEMPTS, BLOCK_DRAWS, block_masks, check_mask, count_masked, grid_classes, mae_ids, pixel_mask
+from common.masks import (
+    BLOCK_ATTEMPTS,
+    BLOCK_DRAWS,
+    block_masks,
+    check_mask,
+    count_masked,
+    grid_classes,
+    mae_ids,
+    masked_places,
+    pixel_mask,
+    share_of_masked,
+)
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -221,3 +232,33 @@ def test_pixel_mask(height, width, patch):
     expected = np.kron(mask.reshape(2, height, width).numpy(), np.ones((1, patch, patch), dtype=bool))
     assert pixels.dtype == torch.bool
     assert np.array_equal(pixels.numpy(), expected)
+
+
+@pytest.mark.parametrize(("counts", "length"), [((5, 5, 5), 5), ((3, 0, 17), 32), ((1, 2, 40), 40), ((0, 0, 0), 0)])
+def test_masked_places(counts, length):
+    """In raster order, each image's own; rows of uneven counts are filled up with visible patches, to a multiple of 16."""
+    mask = torch.zeros(3, 40, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for image, count in enumerate(counts):
+        mask[image, torch.randperm(40, generator=generator)[:count]] = True
+    places, real = masked_places(mask)
+    assert places.shape == (3, length)
+    assert (real is None) == (len(set(counts)) == 1)
+    for image, count in enumerate(counts):
+        assert places[image, :count].tolist() == mask[image].nonzero()[:, 0].tolist()
+        assert not mask[image, places[image, count:]].any()
+        assert real is None or real[image].tolist() == [i < count for i in range(length)]
+
+
+@pytest.mark.parametrize(("share", "count"), [(1.0, 10), (0.5, 5), (0.25, 2), (0.01, 1)])
+def test_share_of_masked(share, count):
+    """That many of the masked patches, those with the largest numbers; each with the same chance (2000 images, seed 0)."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(2000, 24, dtype=torch.bool)
+    mask[:, torch.randperm(24, generator=generator)[:10]] = True
+    uniforms = torch.rand(2000, 24, generator=generator)
+    chosen = share_of_masked(mask, share, uniforms)
+    assert (chosen.sum(dim=1) == count).all()
+    assert not (chosen & ~mask).any()
+    assert (torch.where(chosen, uniforms, 2).amin(dim=1) >= torch.where(mask & ~chosen, uniforms, -1).amax(dim=1)).all()
+    assert stats.chisquare(chosen.sum(dim=0)[mask[0]].numpy()).pvalue > 0.01 or share == 1

@@ -118,6 +118,50 @@ def test_loss_prediction_and_gradients_equal_transformers(norm_pix: bool) -> Non
     assert compared > 60
 
 
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_loss_on_masked_patches_alone_has_the_same_value_and_gradients(small: MaskedAutoencoder, norm_pix: bool) -> None:
+    """With nothing predicted that is not compared: loss, prediction and every gradient as in the whole forward."""
+    small.norm_pix_loss = norm_pix
+    images = torch.randn(3, 3, 20, 28, generator=torch.Generator().manual_seed(2))
+    mask = make_mask(small, 3, 20)
+    whole, prediction = small(images, mask)
+    short, masked = small(images, mask, mask)
+    torch.testing.assert_close(short, whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(masked, prediction[mask].reshape(3, 20, -1), atol=1e-5, rtol=1e-5)
+    trained = {name: value for name, value in small.named_parameters() if value.requires_grad}
+    expected, made = (torch.autograd.grad(loss, list(trained.values())) for loss in (whole, short))
+    for name, value, wanted in zip(trained, made, expected, strict=True):
+        assert wanted.any(), name
+        torch.testing.assert_close(value, wanted, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_patches_that_are_not_chosen_are_left_out(small: MaskedAutoencoder) -> None:
+    """The loss of a share of the masked patches: that of a decoder that never sees the others, worked out on a smaller mask."""
+    images = torch.randn(2, 3, 20, 28, generator=torch.Generator().manual_seed(3))
+    mask = make_mask(small, 2, 20)
+    chosen = mask & (mask.cumsum(dim=1) % 2 == 0)
+    loss, prediction = small(images, mask, chosen)
+    assert prediction.shape == (2, 10, 48)
+    ids_keep, _ = mae_ids(mask)
+    latent = small.encode(images, ids_keep)
+    tokens = torch.cat([latent[:, :1], torch.zeros(2, 35, 32)], dim=1)
+    tokens = small.decoder_embed(tokens)
+    tokens[:, 1:] = small.mask_token
+    for image in range(2):
+        tokens[image, 1 + ids_keep[image]] = small.decoder_embed(latent[image, 1:])
+    tokens = (tokens + small.decoder_pos_embed)[torch.cat([torch.ones(2, 1).bool(), ~mask | chosen], dim=1)].reshape(2, 26, -1)
+    for block in small.decoder_blocks:
+        tokens = block(tokens)
+    pixels = small.decoder_pred(small.decoder_norm(tokens))[:, 1:]
+    expected = torch.zeros(2, 35, 48).masked_scatter((~mask | chosen)[..., None].expand(-1, -1, 48), pixels)
+    torch.testing.assert_close(prediction, expected[chosen].reshape(2, 10, 48), atol=1e-5, rtol=1e-5)
+    error = (expected - small.targets(images)).square().mean(dim=2)[chosen].mean()
+    torch.testing.assert_close(loss, error)
+    chosen[0, mask[0].nonzero()[0]] = True
+    with pytest.raises(ValueError, match="the same number of predicted patches"):
+        small(images, mask, chosen)
+
+
 TRANSFORMERS_NAMES = {
     "cls_token": "vit.embeddings.cls_token",
     "pos_embed": "vit.embeddings.position_embeddings",
@@ -205,7 +249,7 @@ def test_patches_are_row_major_with_colours_innermost(small: MaskedAutoencoder) 
 
 
 def test_attention_maps_are_those_of_a_whole_forward_pass(small: MaskedAutoencoder) -> None:
-    """Streamed block by block, all or some: equal to taps on a full pass, rows sum to 1."""
+    """Streamed block by block, all or some: equal to taps on a full pass, rows sum to 1; blocks that are not read are fused."""
     images = torch.randn(2, 3, 20, 28, generator=torch.Generator().manual_seed(6))
     with AttentionTap(small.blocks) as tap:
         tokens = small.with_class_token(small.embed(images))
@@ -215,10 +259,11 @@ def test_attention_maps_are_those_of_a_whole_forward_pass(small: MaskedAutoencod
     assert len(streamed) == 3
     assert all(torch.equal(ours, tapped) for ours, tapped in zip(streamed, tap.maps, strict=True))
     assert torch.allclose(streamed[0].sum(dim=-1), torch.ones(2, 4, 36))
-    assert torch.equal(next(iter(small.attention_maps(images, "last"))), tap.maps[2])
+    torch.testing.assert_close(next(iter(small.attention_maps(images, "last"))), tap.maps[2], atol=1e-6, rtol=0)
     some = list(small.attention_maps(images, [0, -2]))
     assert torch.equal(some[0], tap.maps[0])
-    assert torch.equal(some[1], tap.maps[1])
+    torch.testing.assert_close(some[1], tap.maps[1], atol=1e-6, rtol=0)
+    assert all(block.attn.fused_attn for block in small.blocks)
 
 
 def test_input_that_patches_do_not_divide() -> None:

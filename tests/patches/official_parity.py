@@ -67,7 +67,7 @@ def mae(size: str) -> Pair:
         theirs.random_masking = lambda tokens, ratio: seam.gather_visible(tokens, mask)
         return theirs(images())[0]
 
-    return Pair(theirs, ours, official_loss, lambda mask: ours(images(), mask)[0], 147)
+    return Pair(theirs, ours, official_loss, lambda mask: ours(images(), mask, mask)[0], 147)
 
 
 def beit(size: str) -> Pair:
@@ -103,7 +103,7 @@ def simmim(size: str) -> Pair:
         theirs,
         ours,
         lambda mask: theirs(images(), mask.reshape(BATCH, 14, 14).long()),
-        lambda mask: ours(images(), mask)[0],
+        lambda mask: ours(images(), mask, mask)[0],
         117,
     )
 

@@ -64,3 +64,25 @@ def test_attention_maps_are_the_encoders() -> None:
     for ours, encoders in zip(model.attention_maps(images), model.encoder.attention_maps(images), strict=True):
         assert torch.equal(ours, encoders)
     assert (model.grid_size, model.num_prefix_tokens) == ((2, 3), 1)
+
+
+@pytest.mark.parametrize("counts", [(6, 6), (9, 2), (15, 0), (0, 0)])
+def test_loss_on_masked_patches_alone_has_the_same_value_and_gradients(counts: tuple[int, int]) -> None:
+    """Loss, prediction and every gradient as in the whole forward; even and uneven counts, all and none masked."""
+    torch.manual_seed(0)
+    model = SimMIM(input_size=(12, 20), patch_size=4, width=24, depth=3, heads=2, drop_path=0.0)
+    torch.nn.init.normal_(model.encoder.rel_pos_bias.relative_position_bias_table)
+    images, mask = torch.randn(2, 3, 12, 20), torch.zeros(2, 15, dtype=torch.bool)
+    for image, count in enumerate(counts):
+        mask[image, torch.randperm(15)[:count]] = True
+    whole, prediction = model(images, mask)
+    short, masked = model(images, mask, mask)
+    torch.testing.assert_close(short, whole, atol=1e-6, rtol=1e-6)
+    flat = model.patchify(prediction)
+    for image, count in enumerate(counts):
+        torch.testing.assert_close(masked[image, :count], flat[image, mask[image]], atol=1e-5, rtol=1e-5)
+    trained = dict(model.named_parameters())
+    expected, made = (torch.autograd.grad(loss, list(trained.values())) for loss in (whole, short))
+    for name, value, wanted in zip(trained, made, expected, strict=True):
+        torch.testing.assert_close(value, wanted, atol=1e-6, rtol=1e-4, msg=name)
+    assert any(value.any() for value in expected) is any(counts)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from common.attention import AttentionTap
+from common.models import block as block_module
 from common.models import timm_layers
-from common.models.block import Attention, Block, LayerNorm
+from common.models.block import Attention, Block, LayerNorm, compile_blocks
 from common.models.windows import Windows
 
 WIDTH, HEADS = 24, 3  # 8 a head, whose scale is no power of two: scaling queries or scores rounds differently
@@ -187,14 +188,150 @@ def test_the_attribute_chooses_the_path(key_bias: bool, table: tuple[int, int] |
 
 
 @torch.no_grad()
-def test_maps_of_a_fused_block_are_an_error_until_it_is_turned_off() -> None:
-    block, tokens = Block(Attention(WIDTH, HEADS, fused=True)), torch.randn(2, 7, WIDTH)
-    with pytest.raises(RuntimeError, match=r"block 0 \(Block\).*attn_drop.*fused_attn = False"), AttentionTap([block]):
-        block(tokens)
-    block.attn.fused_attn = False
-    with AttentionTap([block]) as tap:
-        block(tokens)
+@pytest.mark.parametrize("values", ["softmax", "scores"])
+def test_fused_attention_is_off_while_maps_are_read(values: str) -> None:
+    """In the blocks that are read alone; and given back, also after an error."""
+    blocks, tokens = [shaken(Block(Attention(WIDTH, HEADS, fused=True)), seed) for seed in range(2)], torch.randn(2, 7, WIDTH)
+    with AttentionTap(blocks, [1], values) as tap:
+        assert [block.attn.fused_attn for block in blocks] == [True, False]
+        blocks[1](blocks[0](tokens))
+    assert [block.attn.fused_attn for block in blocks] == [True, True]
+    blocks[0].attn.fused_attn = blocks[1].attn.fused_attn = False
+    with AttentionTap(blocks, [1], values) as explicit:
+        blocks[1](blocks[0](tokens))
+    assert not blocks[1].attn.fused_attn
+    torch.testing.assert_close(tap.maps[0], explicit.maps[0], atol=1e-6, rtol=1e-5)
+    blocks[1].attn.fused_attn = True
+    with pytest.raises(ZeroDivisionError), AttentionTap(blocks):
+        raise ZeroDivisionError
+    assert blocks[1].attn.fused_attn
+
+
+# --- some tokens only ---
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "bias", "table"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_tokens_at_places_are_those_of_the_whole_block(kind: str, shared: bool, fused: bool) -> None:
+    """Values, and gradients of every parameter, the tokens and the bias; each row has its own places, or all share a slice."""
+    torch.manual_seed(0)
+    table = (2, 3) if kind == "table" else None
+    attention = Attention(WIDTH, HEADS, key_bias=kind == "plain", table_grid=table, fused=fused)
+    block = shaken(Block(attention, 0.0 if kind == "plain" else 0.1))
+    places = slice(4, None) if shared else torch.tensor([[6, 0, 2], [1, 1, 5]])
+    index = torch.tensor([[4, 5, 6], [4, 5, 6]]) if shared else places
+    found = []
+    for short in (True, False):
+        tokens = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        bias = torch.linspace(-1, 1, HEADS * 49).reshape(HEADS, 7, 7).requires_grad_() if kind == "bias" else None
+        output = block(tokens, bias, places) if short else block(tokens, bias)[torch.arange(2)[:, None], index]
+        own = {"tokens": tokens, "bias": bias} if kind == "bias" else {"tokens": tokens}
+        made = gradients(block, output)
+        found.append({"output": output, **made, **{name: value.grad for name, value in own.items()}})
+    assert len(found[0]) == len(dict(block.named_parameters())) + (3 if kind == "bias" else 2)
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_windows_give_all_tokens() -> None:
+    attention = Attention(24, 2, windows=Windows((4, 5), 3))
+    with pytest.raises(ValueError, match="attention in windows gives all tokens"):
+        attention(torch.randn(1, 20, 24), places=slice(0, 3))
+
+
+# --- compiled ---
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Blocks compiled without code generation, which takes minutes: the graphs that dynamo made, each whole (fullgraph)."""
+    made: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(graph)
+        return graph
+
+    compiled = torch.compile(Block.branches, dynamic=False, fullgraph=True, backend=backend)
+    monkeypatch.setattr(block_module, "_compiled_branches", lambda: compiled)
+    yield made
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_compiled_blocks_share_their_graphs_and_change_nothing(biased: bool, graphs: list[Any]) -> None:
+    """Whole blocks, in as few graphs as there are kinds, rates of drop path apart; the draws, values and gradients of eager ones.
+
+    No gradients recorded, or attention being read: not compiled.
+    """
+    torch.manual_seed(0)
+    rates, bias = (0.0, 0.2, 0.3, 0.4), torch.randn(HEADS, 7, 7) if biased else None
+    blocks = nn.ModuleList(
+        shaken(Block(Attention(WIDTH, HEADS, key_bias=not biased, fused=True), 0.1 if biased else 0.0, rate), seed)
+        for seed, rate in enumerate(rates)
+    )
+    compiled = copy.deepcopy(blocks)
+    compile_blocks(compiled)
+    tokens, found = torch.randn(6, 7, WIDTH), []
+    for some in (blocks, compiled):
+        torch.manual_seed(1)
+        output = tokens
+        for block in some:
+            output = block(output, bias, slice(5, None) if block is some[-1] else None)
+        found.append({"output": output, **gradients(some, output)})
+    assert len(graphs) == 3  # without drop path, with it, and the last block
+    assert len(found[0]) == len(dict(blocks.named_parameters())) + 1
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-5, msg=name)
+    with torch.no_grad():
+        compiled[1](tokens[:3], bias)
+    with AttentionTap(compiled, [1]) as tap:
+        compiled[1](tokens[:2], bias)
     assert tap.maps[0].shape == (2, HEADS, 7, 7)
+    assert len(graphs) == 3
+
+
+def test_a_model_without_blocks_is_compiled_whole() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    compile_blocks(model)
+    assert model._compiled_call_impl is not None
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
+# --- drop path ---
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.99])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_dropped_branches_are_not_computed_and_change_nothing(rate: float, scaled: bool) -> None:
+    """The sample's whole branch is left out: values and gradients of timm's drop path on the same draws; also of places.
+
+    At 0.99 no sample keeps a branch: every parameter has a gradient all the same (ranks exchange them all), and it is 0.
+    """
+    torch.manual_seed(0)
+    fused = shaken(Block(Attention(WIDTH, HEADS, fused=True), 0.1 if scaled else 0.0, rate))
+    drop, rows = timm_layers.DropPath(rate), []
+    fused.norm2.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    tokens, places = torch.randn(8, 7, WIDTH), torch.arange(8 * 3).reshape(8, 3) % 7
+    for part in (None, places):
+        torch.manual_seed(1)
+        output = fused(tokens, None, part)
+        made = gradients(fused, output)
+        torch.manual_seed(1)
+        attended = fused.attn(fused.norm1(tokens))
+        middle = tokens + drop(attended if fused.gamma_1 is None else fused.gamma_1 * attended)
+        mixed = fused.mlp(fused.norm2(middle))
+        expected = middle + drop(mixed if fused.gamma_2 is None else fused.gamma_2 * mixed)
+        if part is not None:
+            expected = expected[torch.arange(8)[:, None], part]
+        wanted = gradients(fused, expected)
+        torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+        assert made.keys() == wanted.keys() == dict(fused.named_parameters()).keys()
+        for name, value in made.items():
+            torch.testing.assert_close(value, wanted[name], atol=1e-6, rtol=1e-5, msg=name)
+        if rate == 0.99:
+            assert not any(value.any() for value in made.values())
+    assert rows[0] < 8
 
 
 def test_one_position_bias_only() -> None:

@@ -34,7 +34,7 @@ def test_attention_pass_uses_the_bias_and_restores_the_mode() -> None:
     assert [attention.shape for attention in maps] == [(2, 2, 16, 16)] * 3
     for attention, score in zip(maps, scores, strict=True):
         torch.testing.assert_close(score.softmax(dim=-1), attention, atol=1e-6, rtol=0)
-    assert torch.equal(last[0], maps[2])
+    torch.testing.assert_close(last[0], maps[2], atol=1e-6, rtol=0)  # blocks that are not read are fused
     with torch.no_grad():
         encoder.rel_pos_bias.relative_position_bias_table.zero_()
     with attention_mode(encoder):
@@ -43,7 +43,7 @@ def test_attention_pass_uses_the_bias_and_restores_the_mode() -> None:
 
 def test_drop_path_grows_with_depth_and_acts_in_training_only() -> None:
     encoder = small_encoder(drop_path=0.2)
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in encoder.blocks]
+    rates = [block.drop_path for block in encoder.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2])
     images = torch.randn(8, 3, 12, 20)
     encoder.train()

@@ -17,6 +17,7 @@ from torch import Tensor
 from common.evolved_mask import EvolvedMask, MaskConfig
 from common.training.checkpoint import LAST
 from common.training.data import Batch
+from common.training.engine import reconstruction_loss
 from common.training.errors import BadInput, NonFiniteLoss
 from common.training.interrupt import Interrupted
 from common.training.loop import BEFORE_FAILURE, Loop
@@ -142,7 +143,7 @@ def test_nonfinite_loss_stops_with_place_names_and_state(train: Train, monkeypat
     def poisoned(model: torch.nn.Module, batch: Batch, mask: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        loss, _ = model(batch.images, mask)
+        loss, _ = model(batch.images, mask, mask)
         return loss * (float("nan") if calls == 7 else 1.0)  # update 2 of epoch 1
 
     with monkeypatch.context() as patch:
@@ -154,6 +155,40 @@ def test_nonfinite_loss_stops_with_place_names_and_state(train: Train, monkeypat
     assert (state["epoch"], state["update"]) == (0, 2)
     again = train("again", f"--resume {saved}")
     assert_same(trained_state(clean), trained_state(again))
+
+
+def decoded_patches(train: Train, monkeypatch: pytest.MonkeyPatch, name: str, flags: str) -> dict[tuple[int, int], list[int]]:
+    """(times that a sample was seen, sample) -> the patches of it that were predicted, of a run."""
+    seen: dict[tuple[int, int], list[int]] = {}
+    times: dict[int, int] = {}
+
+    def loss(model: torch.nn.Module, batch: Batch, mask: Tensor, *decoded: Tensor) -> Tensor:
+        if not decoded:
+            assert "0.5" not in flags
+            return reconstruction_loss(model, batch, mask)
+        assert not (decoded[0] & ~mask).any()
+        for sample, row in zip(batch.sample_ids.tolist(), decoded[0], strict=True):
+            times[sample] = times.get(sample, 0) + 1
+            seen[times[sample], sample] = row.nonzero()[:, 0].tolist()
+        made: Tensor = model(batch.images, mask, *decoded)[0]
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_pretrain, "_loss", loss)
+        train(name, f"--mask grid --epochs 2 {flags}")
+    return seen
+
+
+def test_predicted_share_belongs_to_the_sample(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--decode_share 0.5 predicts 6 of 12 masked patches, by (seed, epoch, sample) alone; 1 is the plain method's call."""
+    first = decoded_patches(train, monkeypatch, "four", "--decode_share 0.5")
+    assert len(first) == 32
+    assert all(len(patches) == 6 for patches in first.values())
+    assert decoded_patches(train, monkeypatch, "eight", "--decode_share 0.5 --batch_size 8") == first
+    assert any(first[1, sample] != first[2, sample] for sample in range(16))
+    assert decoded_patches(train, monkeypatch, "whole", "--decode_share 1") == {}
+    with pytest.raises(BadInput, match="--decode_share must be above 0 and at most 1, got 0"):
+        train("none", "--decode_share 0")
 
 
 def test_nonfinite_gradient_stops(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

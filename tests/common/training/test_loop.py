@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from common.models.block import Attention, Block
 from common.training.loop import Loop
 from common.training.task import Task, flatten_tallies, split_tallies
 
@@ -46,3 +51,37 @@ def test_tallies_go_over_the_network_in_one_row(rows: dict[str, torch.Tensor]) -
         twice = split[name] if value.ndim else torch.tensor(split[name])
         assert torch.equal(twice.double(), 2 * value.double())
         assert isinstance(split[name], torch.Tensor if value.ndim else float)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_compiled_blocks_are_inside_what_averages_gradients() -> None:
+    """So that accumulation steps can go without the exchange, and the loop finds `no_sync`; the state dict keeps its names."""
+    model = nn.Sequential(Block(Attention(8, 2, fused=True)), Block(Attention(8, 2, fused=True)))
+    names = list(model.state_dict())
+    run = SimpleNamespace(
+        task=SimpleNamespace(model=model),
+        config=SimpleNamespace(compile=True, accum_iter=2),
+        processes=SimpleNamespace(world=2),
+        device=torch.device("cpu"),
+        run=SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False)),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
+    run.trained = Loop._wrapped(run)  # type: ignore[arg-type]
+    assert isinstance(run.trained, nn.parallel.DistributedDataParallel)
+    assert run.trained.module is model
+    assert all(block.compiled for block in model)
+    assert list(model.state_dict()) == names
+    exchanged: list[bool] = []
+    run.task.loss = lambda trained, batch, prepared: (
+        exchanged.append(trained.require_backward_grad_sync) or batch.requires_grad_()
+    )
+    for last in (False, True):
+        Loop._backward(run, torch.tensor(1.0), None, SimpleNamespace(terms={}), last)  # type: ignore[arg-type]
+    assert exchanged == [False, True]

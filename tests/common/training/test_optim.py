@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from common.training.config import TrainConfig
-from common.training.optim import EncoderEMA, absolute_lr, lr_after, make_optimizer
+from common.training.optim import EncoderEMA, absolute_lr, adamw, lr_after, make_optimizer
 from tests.methods import lr_at
 
 
@@ -84,3 +85,32 @@ def test_schedules_in_updates_and_in_epochs_agree() -> None:
             assert lr_after(epoch * 7, 28, 140, config, 0.3) == pytest.approx(lr_at(epoch, config, 0.3))
     steps = TrainConfig(lr_schedule="multistep", lr_milestones="0.5,0.875", lr_gamma=0.2, warmup_epochs=0)
     assert [lr_after(done, 0, 16, steps, 1.0) for done in (7, 8, 13, 14, 16)] == pytest.approx([1, 0.2, 0.2, 0.04, 0.04])
+
+
+@pytest.mark.parametrize("way", [{}, {"foreach": True}, {"fused": True}])
+def test_updates_are_those_of_torchs_plain_adamw(way: dict[str, bool]) -> None:
+    """Also from a state that was saved by another way of computing, in the middle: the weights go on as if nothing had."""
+    torch.manual_seed(0)
+    start, gradients = [torch.randn(4, 3), torch.randn(5)], [[torch.randn(4, 3), torch.randn(5)] for _ in range(6)]
+    weights = [[nn.Parameter(value.clone()) for value in start] for _ in range(3)]
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95)}
+    plain, saved = (
+        torch.optim.AdamW(parameters, **settings, **some) for parameters, some in zip(weights, ({}, way), strict=False)
+    )
+    ours = adamw([{"params": weights[2]}], **settings)
+
+    def step(optimizer: torch.optim.Optimizer, number: int) -> None:
+        for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients[number], strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+    for number in range(6):
+        step(plain, number)
+        step(saved if number < 3 else ours, number)
+        if number == 2:
+            ours.load_state_dict(saved.state_dict())
+            for mine, other in zip(weights[2], weights[1], strict=True):
+                mine.data.copy_(other)
+    assert ours.param_groups[0]["fused"] is True
+    for value, expected in zip(weights[2], weights[0], strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
