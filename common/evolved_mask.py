@@ -253,7 +253,7 @@ class EvolvedMask:
         """Once, where nobody moves a schedule: nothing fails then, and the masks stay those of the first epoch."""
         first_parts, last_parts = self.config.parts_range
         evolves = self.config.alpha is None and self.rule.alpha is None
-        evolves |= self.config.uses_attention and first_parts != last_parts
+        evolves |= self.config.uses_parts and first_parts != last_parts
         if not self._was_told_epoch and self.total_epochs > 1 and evolves:
             warnings.warn(
                 f"set_epoch was never called: masks stay those of epoch 0 of {self.total_epochs} (alpha {self.alpha:g}); "
