@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.training.checkpoint import read_checkpoint
+from common.training.checkpoint import check_finite, read_checkpoint
 from common.training.errors import BadInput
 
 OWN_FILE = "pytorch_model.bin"
@@ -293,6 +293,7 @@ def load_tokenizer(place: str) -> DiscreteVAE | DalleEncoder:
     except (KeyError, RuntimeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise BadInput(f"--tokenizer {path}: does not fit a tokenizer: {reason}") from None
+    check_finite(made.state_dict(), path)
     return made.eval().requires_grad_(False)
 
 

@@ -23,13 +23,12 @@ from common.training.checkpoint import check_same_settings, read_checkpoint, sav
 from common.training.command_line import parse_flags
 from common.training.config import AdamWConfig, EpochsConfig, ImageSetConfig, Precision, RunConfig, option, with_default
 from common.training.data import Batch, RankBatches, Samples, colour_transform
-from common.training.distributed import start_processes
 from common.training.errors import BadInput, run_cli
 from common.training.loop import Loop
 from common.training.optim import make_optimizer
 from common.training.preset import TOKENIZER, SmallData
 from common.training.sources import open_source
-from common.training.task import Outcome, Run, Task
+from common.training.task import Outcome, Run, Task, open_run
 
 PROGRAM = "train_tokenizer"
 DESCRIPTION = (
@@ -179,12 +178,14 @@ class TokenizerTask(Task):
         self.usage = usage = codebook_usage(sums["code_counts"])
         temperature = temperature_at((epoch + 1) / self.config.epochs, self.config.temperature)
         line.update(temperature=temperature, **usage)
-        if self.run.processes.is_main:
-            self._draw()
-            save_atomically(self._tokenizer(), self.run.output / OWN_FILE)
+        self.run.processes.on_main(self._write)
         share, perplexity = usage["codes_used"], usage["perplexity"]
         used = f"codes used {share:.0%} of {self.config.vocabulary}, perplexity {perplexity:.0f}"
         return f"temperature {temperature:.3f}  {used}"
+
+    def _write(self) -> None:
+        self._draw()
+        save_atomically(self._tokenizer(), self.run.output / OWN_FILE)
 
     def _draw(self) -> None:
         """Images above their reconstructions from hard codes, as a picture in the log and a file."""
@@ -192,7 +193,10 @@ class TokenizerTask(Task):
             return
         count = min(self.config.pictures, len(self.samples))
         shown = [self.samples[(0, index)][0] for index in range(count)]
-        images = torch.stack([views[0] for views in shown if views is not None]).to(self.run.device)
+        readable = [views[0] for views in shown if views is not None]
+        if not readable:
+            return
+        images = torch.stack(readable).to(self.run.device)
         self.model.eval()
         rows = [torch.cat(list(row), dim=2) for row in (images, self.model.reconstruct(images))]  # each [3, P, n*Q]
         sheet = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
@@ -247,16 +251,13 @@ def train(config: TokenizerConfig) -> None:
         BadInput, NonFiniteLoss, Interrupted: see :class:`common.training.loop.Loop`.
     """
     source = open_source(config)
-    processes = start_processes(config.device, config.dist_timeout)
-    try:
-        run = Run(config, processes)
+    with open_run(config) as run:
+        run.log.say(source.summary)
         samples = Samples(source, colour_transform(config), config.seed, config.repeat)
-        batches = RankBatches(len(samples), config, processes)
+        batches = RankBatches(len(samples), config, run.processes)
         torch.manual_seed(config.seed)  # the same weights on every rank
         model = DiscreteVAE(config.vocabulary, config.code_width, config.layers, config.width)
         Loop(run, TokenizerTask(run, config, model, samples), samples, batches).train()
-    finally:
-        processes.close()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,8 +11,9 @@ B batch (images)   C draws an image
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -172,14 +173,31 @@ class GeneratorDraws(Draws):
         return uniform_numbers((rows, count), self.generator, device=self.device)
 
 
-def batch_draws(inputs: Tensor, seed: int, epoch: int, sample_ids: Tensor | None, generator: torch.Generator) -> Draws:
+def batch_draws(
+    inputs: Tensor, seed: int, epoch: int, sample_ids: Tensor | Sequence[int] | None, generator: torch.Generator
+) -> Draws:
     """The draws of a batch, on the device of `inputs` [B, ...]: of its samples, or without ids of the generator.
 
+    Args:
+        sample_ids: [B] whole numbers: a tensor, an array of numpy, or a list.
+
     Raises:
-        ValueError: `sample_ids` are not [B].
+        ValueError: `sample_ids` are not [B], or no whole numbers.
     """
     if sample_ids is None:
         return GeneratorDraws(len(inputs), generator, inputs.device)
+    sample_ids = _whole_numbers(sample_ids)
     if sample_ids.shape != (len(inputs),):
         raise ValueError(f"sample_ids must be [{len(inputs)}], one for each input, got {list(sample_ids.shape)}")
     return SampleDraws(seed, epoch, sample_ids.to(inputs.device))
+
+
+def _whole_numbers(sample_ids: Any) -> Tensor:
+    try:
+        ids = torch.as_tensor(sample_ids)
+    except (TypeError, ValueError, RuntimeError):
+        ids = None
+    if ids is None or (ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
+        kind = type(sample_ids).__name__ if ids is None else f"{type(sample_ids).__name__} of {ids.dtype}"
+        raise ValueError(f"sample_ids must be whole numbers, one for each input (a tensor, an array or a list), got a {kind}")
+    return ids

@@ -22,7 +22,9 @@ B batch (images)   H, W patch grid   N = H*W patches   K parts   h heads   m mas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -216,13 +218,14 @@ class EvolvedMask:
         self.parts_options = self.config.parts_options
         self.height, self.width = grid_size
         self.num_patches = self.height * self.width
-        self.num_masked, self.total_epochs = num_masked, total_epochs
+        self.num_masked, self.total_epochs = _whole_count(num_masked, self.num_patches), total_epochs
         self.seed, self.num_prefix_tokens = seed, num_prefix_tokens
-        self.shape = MaskShape(self.height, self.width, num_masked, self.config.mask_unit)
+        self.shape = MaskShape(self.height, self.width, self.num_masked, self.config.mask_unit)
         self.rule = RULES[self.config.mask]
         self._check_shape()
         self.generator = torch.Generator().manual_seed(seed)
         self.set_epoch(0)
+        self._was_told_epoch = False
 
     def _check_shape(self) -> None:
         patches = self.num_patches
@@ -244,6 +247,20 @@ class EvolvedMask:
         if epoch != int(epoch):
             raise ValueError(f"epoch must be a whole number, got {epoch}")
         self.epoch = int(epoch)
+        self._was_told_epoch = True
+
+    def _warn_of_standing_still(self) -> None:
+        """Once, where nobody moves a schedule: nothing fails then, and the masks stay those of the first epoch."""
+        first_parts, last_parts = self.config.parts_range
+        evolves = self.config.alpha is None and self.rule.alpha is None
+        evolves |= self.config.uses_parts and first_parts != last_parts
+        if not self._was_told_epoch and self.total_epochs > 1 and evolves:
+            warnings.warn(
+                f"set_epoch was never called: masks stay those of epoch 0 of {self.total_epochs} (alpha {self.alpha:g}); "
+                "call set_epoch(epoch) at the start of every epoch, also of the first",
+                stacklevel=4,  # through __call__ and torch.no_grad: the line that asked for masks
+            )
+            self._was_told_epoch = True
 
     @property
     def alpha(self) -> float:
@@ -261,7 +278,9 @@ class EvolvedMask:
         return num_parts_at(min(self.epoch, schedule), schedule, *self.config.parts_range, self.config.parts_rounding)
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor, attention_fn: AttentionFn | None = None, sample_ids: Tensor | None = None) -> MaskBatch:
+    def __call__(
+        self, inputs: Tensor, attention_fn: AttentionFn | None = None, sample_ids: Tensor | Sequence[int] | None = None
+    ) -> MaskBatch:
         """Masks for a batch.
 
         Args:
@@ -269,10 +288,14 @@ class EvolvedMask:
             attention_fn: gives the attention of those rows: [b, h, 1+N, 1+N], or an iterable of such tensors,
                 one a block, reduced as they come; with another `graph`, that signal (signals.py). Only strategies that
                 use attention call it.
-            sample_ids: int64 [B], index of each image in the data set. With it every draw of an image depends on
-                (seed, epoch, sample id) alone; without it draws come from this object's generator. Under
-                `remove_position` the parts of an image depend on the other rows handed to `attention_fn` all the same.
+            sample_ids: int64 [B], index of each image in the data set, as a tensor, an array or a list. With it every draw
+                of an image depends on (seed, epoch, sample id) alone; without it draws come from this object's generator.
+                Under `remove_position` the parts of an image depend on the other rows handed to `attention_fn` all the same.
+
+        Warns:
+            UserWarning: once, if :meth:`set_epoch` was never called, for a mask that evolves.
         """
+        self._warn_of_standing_still()
         alpha, draws = self.alpha, batch_draws(inputs, self.seed, self.epoch, sample_ids, self.generator)
         counts = self._counts(draws)
         grid_draw = draws.draw(Stream.GRID, 4, self.config.grid_draw)
@@ -401,6 +424,15 @@ class EvolvedMask:
             raise ValueError(f"the saved masks were made with other settings: {'; '.join(differing)}")
         self.set_epoch(state["epoch"])
         self.generator.set_state(state["generator"].cpu())
+
+
+def _whole_count(num_masked: Any, patches: int) -> int:
+    try:
+        return operator.index(num_masked)
+    except TypeError:
+        raise ValueError(
+            f"num_masked must be a number of patches (int), got {num_masked!r}; count_masked({patches}, ratio) is that of a ratio"
+        ) from None
 
 
 def check_for_encoder(

@@ -32,7 +32,10 @@ def build(config: FinetuneConfig, run: Run) -> SupervisedTask:
     processes = run.processes
     train, val = open_labelled(config, train=True), open_labelled(config, train=False)
     same_classes(train, val, config.data_path)
-    model = make_classifier(config, len(train.classes), say_once(processes))
+    say = say_once(processes)
+    say(f"training: {train.summary}")
+    say(f"validation: {val.summary}")
+    model = make_classifier(config, len(train.classes), say)
     return SupervisedTask(
         run=run,
         config=config,

@@ -45,6 +45,9 @@ def build(config: ProbeConfig, run: Run) -> SupervisedTask:
     """
     train, val = open_labelled(config, train=True), open_labelled(config, train=False)
     same_classes(train, val, config.data_path)
+    say = say_once(run.processes)
+    say(f"training: {train.summary}")
+    say(f"validation: {val.summary}")
     source = draw_subset(train, config.subset, config.seed)
     check_request(config, run.resumed_from, len(source))
     model = make_probes(config, len(train.classes), run)

@@ -48,6 +48,8 @@ def build(config: SegmentConfig, run: Run) -> SupervisedTask:
         raise BadInput("--eval_only needs a trained model: --resume CHECKPOINT, or one in --output_dir")
     names, training, validation = open_sets(config)
     say = say_once(processes)
+    say(training.summary)
+    say(validation.summary)
     if config.pictures and not can_draw():
         say("no picture of the confusion matrix: matplotlib is not installed (requirements-demo.txt)")
     model = make_model(config, len(names), processes, say)

@@ -5,7 +5,6 @@ The loop itself is common/training/loop.py, the same as in pre-training.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,15 +16,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.models.names import patch_size_of
-from common.training.checkpoint import FREE_TO_CHANGE, check_same_settings, differences, find_resume
+from common.training.checkpoint import FREE_TO_CHANGE, check_finite, check_same_settings, differences, find_resume
 from common.training.command_line import Count, parse_flags
 from common.training.config import AdamWConfig, RunConfig, option, with_default
-from common.training.data import Batch, RankBatches, Samples, Transform, collate, make_loader
-from common.training.distributed import Processes, start_processes
+from common.training.data import Batch, RankBatches, Refusal, Samples, Transform, collate, make_loader, some_of
+from common.training.distributed import Processes
 from common.training.errors import BadInput
+from common.training.files import written_whole
 from common.training.loop import Loop
 from common.training.optim import EncoderEMA, adamw
-from common.training.task import Collate, Outcome, Run, Task
+from common.training.task import Collate, Outcome, Run, Task, open_run
 from downstream.from_checkpoint import Taken, take
 from downstream.pictures import draw_curves
 from downstream.vit import MODELS, BackboneViT, Method, build_encoder, layer_of
@@ -285,6 +285,7 @@ class SupervisedTask(Task):
         kept = {"validation_images"}  # another validation set may be evaluated
         if any(state["facts"].get(key) != value for key, value in self.facts.items() if key not in kept):
             raise BadInput(f"checkpoint {path}: made with {state['facts']}, this evaluation has {self.facts}")
+        check_finite(state["model"], path)
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -339,25 +340,21 @@ def train_task(config: TaskConfig, build: Callable[[Run], SupervisedTask], taken
         build: makes the task; the weights it starts from are drawn from --seed or loaded by it.
 
     Raises:
-        BadInput: nothing usable in the data, the flags or the checkpoint.
+        BadInput: nothing usable in the data, the flags or the checkpoint; another run in the output folder.
         NonFiniteLoss: the loss or gradient became NaN or infinite.
         Interrupted: a rank got a signal to stop, and the state is saved.
     """
-    processes = start_processes(config.device, config.dist_timeout)
-    try:
-        run = Run(config, processes)
+    with open_run(config, writes=not config.eval_only) as run:
         if taken:
             run.log.say(taken)
         torch.manual_seed(config.seed)  # the same weights on every rank
         task = build(run)
         samples = Samples(task.source, task.transform, config.seed, config.repeat)
-        batches = RankBatches(len(samples), config, processes)
+        batches = RankBatches(len(samples), config, run.processes)
         if config.eval_only:
             task.evaluate_only()
         else:
             Loop(run, task, samples, batches).train()
-    finally:
-        processes.close()
 
 
 def require_state_of(task: str, state: dict[str, Any], path: Path) -> None:
@@ -443,16 +440,17 @@ def evaluation_batches(
         if not bad:
             yield batch.to(processes.device)
     everywhere = [line for rank in processes.gather(bad) for line in rank]
+    refused = [line for line in everywhere if isinstance(line, Refusal)]
+    if refused:
+        raise BadInput(refused[0])
     if everywhere:
-        shown_first = "; ".join(everywhere[:8]) + (f"; and {len(everywhere) - 8} more" if len(everywhere) > 8 else "")
-        raise BadInput(f"unreadable image {shown_first} (an evaluation needs all)")
+        raise BadInput(f"unreadable image {some_of(everywhere, '; ')} (an evaluation needs all)")
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
     """A uint8 picture [height, width, 3] as PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(picture).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")
 
 
 def shown(numbers: dict[str, float]) -> str:

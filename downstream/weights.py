@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.models.block import Attention
-from common.training.checkpoint import read_checkpoint
+from common.training.checkpoint import check_finite, read_checkpoint
 from common.training.errors import BadInput
 from downstream.vit import BackboneViT, Method
 
@@ -149,7 +149,8 @@ def load_encoder(encoder: BackboneViT, path: Path, method: Method | None = None,
         One line: what was loaded, what was interpolated, what was left out.
 
     Raises:
-        BadInput: not readable, of another method or size, or with names missing or left over; one line that says which.
+        BadInput: not readable, of another method or size, with names missing or left over, or with values that are
+            not finite; one line that says which.
     """
     checkpoint = find_encoder(read_checkpoint(path), path)
     asked = method or encoder.method
@@ -158,9 +159,11 @@ def load_encoder(encoder: BackboneViT, path: Path, method: Method | None = None,
     last = {} if norm is None else {f"norm.{name}": value for name, value in norm.state_dict().items()}
     left_out = _check_names(encoder, checkpoint, asked, last)
     fitted, notes = _fit(encoder, checkpoint)
+    norm_weights = {name: checkpoint.named(name) for name in last}
+    check_finite({**fitted, **norm_weights}, path)
     encoder.load_state_dict(fitted)
     if norm is not None:
-        norm.load_state_dict({name.removeprefix("norm."): checkpoint.named(name) for name in last})
+        norm.load_state_dict({name.removeprefix("norm."): value for name, value in norm_weights.items()})
     parts = [f"loaded {path}: {TITLES[asked]} encoder, {len(fitted) + len(last)} tensors", *notes]
     return "; ".join([*parts, f"left out: {left_out}"] if left_out else parts)
 

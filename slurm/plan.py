@@ -6,7 +6,6 @@ The same is checked again as a job's first act, so that `sbatch` on a script end
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import inspect
 import os
@@ -20,7 +19,7 @@ from common.training.command_line import parse_arguments, parse_flags
 from common.training.config import ImageSetConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput, Parser, run_cli
 from common.training.mask import make_mask
-from common.training.sources import count_source, find_images, open_source
+from common.training.sources import count_source, find_images, open_source, scan_images
 from downstream.training import TaskConfig, check_same_task, parse_task
 from slurm.partition import Request, check_partition
 from slurm.upstream import official_command
@@ -207,8 +206,7 @@ def count_files(root: Path, needed: int) -> int:
     folder, count = root / "train" if (root / "train").is_dir() else root, 0
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         if entry.is_dir() and not entry.name.startswith("."):
-            with contextlib.suppress(BadInput):  # a class without images
-                count += len(find_images(entry))
+            count += len(scan_images(entry).images)
         if count >= needed:
             return count
     return len(find_images(root))

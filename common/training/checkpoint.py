@@ -17,17 +17,19 @@ move both ways):
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import states
 from common.mask_config import MaskConfig
 from common.training.config import OutputConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput
+from common.training.files import require_room, written_whole
 from common.training.safe_load import safe_load
 
 LAST = "checkpoint-last.pth"
@@ -44,13 +46,38 @@ FREE_TO_CHANGE = frozenset(
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    """Writes `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed.
+
+    Raises:
+        BadInput: the disk has no room for it, found before or while it is written.
+    """
+    require_room(path, count_bytes(state))
+    with written_whole(path) as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+def count_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists; memory that several of them share counts once."""
+    storages: dict[int, int] = {}
+    pending = [state]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, (list, tuple)):
+            pending += value
+    return sum(storages.values())
+
+
+def check_finite(weights: Mapping[str, Any], path: Path) -> None:
+    """Raises BadInput, naming them, for weights of a checkpoint that are NaN or infinite."""
+    wrong = [key for key, value in weights.items() if isinstance(value, Tensor) and not bool(value.isfinite().all())]
+    if wrong:
+        raise BadInput(f"checkpoint {path}: holds weights that are NaN or infinite: {_some(wrong)}")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -147,7 +174,7 @@ def load_weights(model: nn.Module, path: Path, may_miss: tuple[str, ...] = ()) -
         One line that says what was loaded, and what was missing and keeps its random start.
 
     Raises:
-        BadInput: keys missing beyond those, keys left over, or shapes that differ; names them.
+        BadInput: keys missing beyond those, keys left over, shapes that differ, or values that are not finite; names them.
     """
     state = read_checkpoint(path)
     weights = state.get("model", state)
@@ -164,6 +191,7 @@ def load_weights(model: nn.Module, path: Path, may_miss: tuple[str, ...] = ()) -
         problems = {"missing": missing, "not of this model": left_over, "of another shape": shapes}
         listed = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
         raise BadInput(f"checkpoint {path}: does not fit the model ({listed})")
+    check_finite(weights, path)
     model.load_state_dict(weights, strict=not missing)
     if missing:
         return f"loaded {path}: encoder only; {len(missing)} decoder tensors are missing and start at random ({_some(missing)})"

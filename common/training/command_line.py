@@ -164,10 +164,23 @@ def read_values(config_class: type[RunConfig], parser: argparse.ArgumentParser, 
     """Flags over the values of the recipe that --config names; what has no effect is refused or left out."""
     flags, hints = vars(parser.parse_args(argv)), _hints(config_class)
     said = flags.pop("config", None)
-    return {
-        **(_read_toml(find_recipe(config_class, said, hints), hints, config_class.former_flags) if said else {}),
-        **_without_former(flags, config_class.former_flags),
-    }
+    of_file = _read_toml(find_recipe(config_class, said, hints), hints, config_class.former_flags) if said else {}
+    given = _without_former(flags, config_class.former_flags)
+    return {**_without_other_data(of_file, given), **given}
+
+
+def _without_other_data(of_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The file's values without those of data that the command line replaces by others.
+
+    The photographs of a demo's recipe give way to --data_path, and a folder of a file to --dataset photos. Where one place says
+    both, the configuration refuses the pair.
+    """
+    dropped = set()
+    if given.get("data_path") and of_file.get("dataset") == "photos":
+        dropped.add("dataset")
+    if given.get("dataset") == "photos":
+        dropped.add("data_path")
+    return {name: value for name, value in of_file.items() if name not in dropped}
 
 
 def _without_former(values: dict[str, Any], former_flags: dict[str, FormerFlag]) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class ImageSetConfig(DataConfig):
     dataset: Literal["auto", "folder", "photos", "cifar10", "cifar100", "stl10", "fashion-mnist"] = option(
         "auto",
         "auto: a folder if --data_path is given, else the photographs inside the scikit-image and scikit-learn wheels; "
+        "photos: those, in the place of which --data_path on the command line puts a folder where a file says photos; "
         "the named sets are read by torchvision from --data_path",
         group="data",
     )
@@ -139,6 +140,8 @@ class ImageSetConfig(DataConfig):
         self._require("crop_scale", 0 < low <= high <= 1, "must be two shares 0 < low <= high <= 1")
         if self.dataset not in ("auto", "photos", "fashion-mnist"):
             self._require("data_path", bool(self.data_path), f"is needed for --dataset {self.dataset}")
+        if self.dataset == "photos":
+            self._require("data_path", not self.data_path, "is not read by --dataset photos: leave one of them out")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode
 from common.draws import Stream, hash_seed
 from common.training.config import DataConfig, ImageSetConfig, RunConfig
 from common.training.distributed import Processes
-from common.training.errors import BadInput
+from common.training.errors import BadInput, RankError
 from common.training.interrupt import shield_worker
 from common.training.sources import Source
 
@@ -37,6 +37,16 @@ _REPLACEMENTS = 16  # how many images are tried in the place of an unreadable on
 
 Key = tuple[int, int]
 Transform = Callable[[Any], Any]
+
+
+class RefusedSample(Exception):
+    """A sample that can be read and does not go with the flags: no other one is to stand in its place."""
+
+
+class Refusal(str):
+    """Its message among the lines of :class:`Batch`, which travel from a loader's process to the rank's."""
+
+    __slots__ = ()
 
 
 @dataclass
@@ -106,6 +116,8 @@ class Samples(Dataset[Any]):
             name = self.source.name(place)
             try:
                 return self.source.load(place), name, bad
+            except RefusedSample as error:
+                return None, name, [Refusal(error)]
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 bad.append(f"{name}: {error}")
             others = max(len(self.source) - 1, 1)
@@ -123,6 +135,22 @@ def collate(samples: list[tuple[tuple[Tensor, ...] | None, int, str, list[str]]]
         names=[name for _, _, name, _ in samples],
         bad=[line for _, _, _, lines in samples for line in lines],
     )
+
+
+def check_usable(batch: Batch) -> None:
+    """Raises RankError for a batch that has a refused sample, or one in whose place nothing readable was found."""
+    refused = [line for line in batch.bad if isinstance(line, Refusal)]
+    if refused:
+        raise RankError(refused[0])
+    if not batch.views:
+        unreadable = list(dict.fromkeys(batch.bad))
+        raise RankError(f"no readable image found, {len(unreadable)} were tried: {some_of(unreadable, '; ', 3)}")
+
+
+def some_of(words: Sequence[str], separator: str = ", ", count: int = 8) -> str:
+    """The first of many words, and how many more there are."""
+    rest = len(words) - count
+    return separator.join(words[:count]) + (f"{separator}and {rest} more" if rest > 0 else "")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -54,6 +54,18 @@ class Processes:
         if self.world > 1:
             for value in values:
                 dist.broadcast(value, 0)
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Runs `work` on the main rank while the others wait; its BadInput is raised on all ranks, which then end together."""
+        refusal = ""
+        if self.is_main:
+            try:
+                work()
+            except BadInput as error:
+                refusal = str(error)
+        refusal = self.gather(refusal)[0]
+        if refusal:
+            raise BadInput(refusal)
 
     def barrier(self) -> None:
         """Waits for all ranks."""

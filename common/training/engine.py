@@ -27,13 +27,12 @@ from common.signals import Graph
 from common.training.checkpoint import check_same_run, load_weights
 from common.training.config import TrainConfig
 from common.training.data import Batch, RankBatches, Samples, Transform, denormalise
-from common.training.distributed import start_processes
 from common.training.loop import Loop
 from common.training.mask import describe_end, make_mask
 from common.training.optim import EncoderEMA, make_optimizer
 from common.training.preset import offer_parts
 from common.training.sources import Source, open_source
-from common.training.task import Outcome, Run, Task
+from common.training.task import Outcome, Run, Task, open_run
 from common.visualize import MaskPictures, describe_schedule
 
 
@@ -98,21 +97,18 @@ def pretrain(config: TrainConfig, mask_config: MaskConfig, build: Callable[[], P
         build: makes the method; called once the configuration, the data and the mask are known to be usable.
 
     Raises:
-        BadInput: nothing usable in the data, the flags or the checkpoint.
+        BadInput: nothing usable in the data, the flags or the checkpoint; another run in the output folder.
         NonFiniteLoss: the loss or gradient became NaN or infinite.
     """
     mask = make_mask(config, mask_config)
     source = open_source(config)
-    processes = start_processes(config.device, config.dist_timeout)
-    try:
-        run = Run(config, processes)
-        batches = RankBatches(len(source) * config.repeat, config, processes)
+    with open_run(config) as run:
+        run.log.say(source.summary)
+        batches = RankBatches(len(source) * config.repeat, config, run.processes)
         torch.manual_seed(config.seed)  # the same weights on every rank
         method = build()
         samples = Samples(source, method.transform, config.seed, config.repeat)
         Loop(run, PretrainingTask(run, config, mask_config, method, mask, samples.source), samples, batches).train()
-    finally:
-        processes.close()
 
 
 class PretrainingTask(Task):

@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.draws import Stream, hash_seed
 from common.models.block import compile_blocks
-from common.training.checkpoint import LAST, save_atomically
-from common.training.data import Batch, RankBatches, Samples, make_loader
+from common.training.checkpoint import LAST, check_finite, save_atomically
+from common.training.data import Batch, RankBatches, Samples, check_usable, make_loader, some_of
 from common.training.errors import BadInput, NonFiniteLoss
 from common.training.interrupt import Interrupted, Interruption
 from common.training.optim import Schedule, absolute_lr
@@ -33,6 +33,9 @@ from common.training.stopwatch import PHASES, Stopwatch
 from common.training.task import Outcome, Run, Task, flatten_tallies, losses_by_name, split_tallies
 
 BEFORE_FAILURE = "checkpoint-before-nonfinite.pth"
+
+MOST_NAMED = 20
+"""Unreadable images that a run names; a disk that fails would fill its log with them."""
 
 
 @dataclass
@@ -95,6 +98,7 @@ class Loop:
         self.first_epoch = self.first_update = 0
         self.meters: dict[str, Any] = {}
         self.pace = Pace(0)
+        self.unreadable: set[str] = set()  # lines of images that were named in this run
         self.interruption, self.asked_to_stop = Interruption(), False
         if run.resumed_from is not None:
             self._load_checkpoint(run.resumed_from)
@@ -107,6 +111,7 @@ class Loop:
         self.task.check_same_run(state, path, self.batches.effective_batch, len(self.samples))
         if state["facts"] != self.task.facts:
             raise BadInput(f"checkpoint {path}: made with {state['facts']}, this run has {self.task.facts}")
+        check_finite(state["model"], path)
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -140,6 +145,7 @@ class Loop:
         numbers["preset"] = preset_record(self.config, record.get("mask"))
         facts = run_facts(self.config, self.processes, self.run.resumed_from, **numbers, **record, **self.task.facts)
         self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates + self.first_update)
+        self.unreadable.update(line for entry in [*self.log.lines(), self.meters] for line in entry.get("unreadable", []))
         chosen = describe_choice(self.config, record.get("mask"), len(self.samples.source))
         offer = offer_preset(self.config, self.batches.updates, self.schedule.total_updates, self.peak_lr)
         for line in (self._summary(), chosen, *self.task.notes(), offer):
@@ -208,6 +214,8 @@ class Loop:
         watch.lap("model")
         watch.settle()
         self._count(epoch, update, seen, numbers)
+        if numbers.unreadable:
+            self._name_unreadable(seen)
 
     def _seed(self, epoch: int, update: int) -> None:
         """Dropout and other noise of the model belong to the rank's place in the run, not to what was drawn before."""
@@ -237,8 +245,7 @@ class Loop:
 
     def _next(self, stream: Iterator[Batch]) -> Batch:
         batch = next(stream)
-        if not batch.views:
-            raise BadInput(f"no readable image was found in the place of {batch.bad[0]}")
+        check_usable(batch)
         return batch.to(self.device)
 
     def _backward(self, batch: Batch, prepared: Any, seen: Accumulated, last: bool) -> Tensor:
@@ -296,24 +303,34 @@ class Loop:
         """All ranks stop together, before the update. A scaler of fp16 steps over gradients that overflow."""
         if numbers.unreadable and self.config.on_bad_image == "raise":
             everywhere = [line for rank in self.processes.gather(seen.unreadable) for line in rank]
-            raise BadInput(f"unreadable image {'; '.join(everywhere)} (--on_bad_image skip puts another in its place)")
+            listed = some_of(list(dict.fromkeys(everywhere)), "; ")
+            raise BadInput(f"unreadable image {listed} (--on_bad_image skip puts another in its place)")
         overflows = self.run.precision != torch.float16 and not math.isfinite(numbers.grad_norm)
         if not math.isfinite(numbers.loss) or overflows:
             self._stop_nonfinite(epoch, update, seen, numbers)
 
     def _stop_nonfinite(self, epoch: int, update: int, seen: Accumulated, numbers: UpdateNumbers) -> None:
-        """Keeps the state before this update, and says where it happened and on which images."""
-        everything = zip(seen.losses, seen.names, strict=True)
-        suspects = [name for loss, names in everything if not loss.isfinite() for name in names]
-        suspects = [name for rank in self.processes.gather(suspects) for name in rank]
-        everyone = [name for rank in self.processes.gather([name for names in seen.names for name in names]) for name in rank]
+        """Keeps the state before this update, and says where it happened and on which images.
+
+        Weights that are not finite themselves, as the update before may have left them, are no image's fault.
+        """
+        place = f"at epoch {epoch}, update {update} (step {epoch * self.batches.updates + update})"
+        weights = [name for name, value in self.task.model.named_parameters() if not bool(value.isfinite().all())]
+        if weights:
+            raise NonFiniteLoss(f"weights were NaN or infinite already {place}, before its images were seen: {some_of(weights)}")
+        images = self._suspects(seen)
         path = self._save(BEFORE_FAILURE, epoch - 1, update)
         loss, norm = numbers.loss, numbers.grad_norm
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient norm became {norm} (loss {loss:.4f})"
-        raise NonFiniteLoss(
-            f"{what} at epoch {epoch}, update {update} (step {epoch * self.batches.updates + update}); "
-            f"state before it: {path}; images: {', '.join(suspects or everyone)}"
-        )
+        raise NonFiniteLoss(f"{what} {place}; state before it: {path}; images: {some_of(images)}")
+
+    def _suspects(self, seen: Accumulated) -> list[str]:
+        """Images of all ranks in batches whose loss is not finite, each once; of all batches where none is."""
+        batches = list(zip(seen.losses, seen.names, strict=True))
+        bad = [name for loss, names in batches if not loss.isfinite() for name in names]
+        ranks = self.processes.gather((bad, [name for _, names in batches for name in names]))
+        blamed = [name for bad, _ in ranks for name in bad] or [name for _, names in ranks for name in names]
+        return list(dict.fromkeys(blamed))
 
     # --- numbers ---
 
@@ -331,6 +348,17 @@ class Loop:
         for key in ("loss", "lr", "grad_norm"):
             self.log.scalar(f"train/{key}", getattr(numbers, key), place)
 
+    def _name_unreadable(self, seen: Accumulated) -> None:
+        """Says the first unreadable images of the run, each once, and keeps them for the epoch's line in log.txt."""
+        for line in dict.fromkeys(line for rank in self.processes.gather(seen.unreadable) for line in rank):
+            if line in self.unreadable or len(self.unreadable) == MOST_NAMED:
+                continue
+            self.unreadable.add(line)
+            self.meters.setdefault("unreadable", []).append(line)
+            self.log.say(f"unreadable, another image is in its place: {line}")
+            if len(self.unreadable) == MOST_NAMED:
+                self.log.say(f"{MOST_NAMED} unreadable images are named; others of this run are only counted")
+
     def _progress(self, watch: Stopwatch) -> str:
         trained = self.meters["updates"] - self.first_update
         rate = trained * self.batches.effective_batch / watch.total
@@ -339,11 +367,12 @@ class Loop:
 
     def _end_epoch(self, epoch: int, watch: Stopwatch) -> None:
         """Log line first, then the checkpoint: a run cut off between them writes the line again."""
+        self.processes.on_main(self._check_lock)
         line = self._epoch_line(epoch, watch)
         speed = f"loss {line['train_loss']:.4f}  {line['images_per_second']:.0f} img/s ({watch.shares()})"
-        self.log.update = self.schedule.updates_after(epoch)
+        self.log.update = self.schedule.updates_after(epoch) - 1  # its last one: the next is where a resumed run's events begin
         more = self.task.after_epoch(epoch, line, self.meters, last=epoch + 1 == self.schedule.epochs)
-        self.log.epoch(line)
+        self.processes.on_main(lambda: self.log.epoch(line))
         unreadable = f"unreadable images {line['bad_images']}" if line["bad_images"] else ""
         words = [f"epoch {epoch + 1}/{self.schedule.epochs}", speed, more, unreadable]
         self.log.say("  ".join(word for word in words if word))
@@ -369,16 +398,26 @@ class Loop:
             "images_per_second": here / watch.total,
             "seconds": {phase: round(watch.seconds[phase], 3) for phase in PHASES},
             **{name: value / updates for name, value in sums.items() if name.startswith("loss_")},
+            **({"unreadable": sums["unreadable"]} if "unreadable" in sums else {}),
         }
 
     # --- what is written ---
 
     def _save(self, name: str, epoch: int, update: int) -> Path:
+        """Writes a checkpoint. Raises BadInput on all ranks: no room, or another run has taken the folder over."""
         path = self.run.output / name
-        if self.processes.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically(self._state(epoch, update), path)
+        self.processes.on_main(lambda: self._write(path, epoch, update))
         return path
+
+    def _write(self, path: Path, epoch: int, update: int) -> None:
+        self._check_lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(self._state(epoch, update), path)
+
+    def _check_lock(self) -> None:
+        """Raises BadInput if another run has taken the folder over: nothing more is written there."""
+        if self.run.lock is not None:
+            self.run.lock.check()
 
     def _state(self, epoch: int, update: int) -> dict[str, Any]:
         return {

@@ -21,6 +21,7 @@ from common.mask_config import MaskConfig
 from common.training.config import RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput
+from common.training.files import find_no_room, no_room, written_whole
 from common.training.pace import Pace
 
 RESULT = "result.json"
@@ -54,16 +55,16 @@ class RunLog:
         self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=first_update)
 
     def lines(self) -> list[dict[str, Any]]:
-        """The epochs in log.txt."""
+        """The epochs in log.txt; a last line that was cut off by the end of a process is none."""
         log = self.folder / "log.txt"
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        whole = log.read_text().rpartition("\n")[0] if log.exists() else ""
+        return [json.loads(line) for line in whole.splitlines()]
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Appends the epoch's line, and its numbers to TensorBoard at `update`."""
         if not self.active:
             return
-        with (self.folder / "log.txt").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self.folder / "log.txt", json.dumps(line) + "\n")
         for key, value in line.items():
             if isinstance(value, (int, float)):
                 self.scalar(f"epoch/{key}", value, self.update)
@@ -204,8 +205,24 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _append(path: Path, text: str) -> None:
+    """All of `text` at the end of a file, or nothing of it.
+
+    Raises:
+        BadInput: the disk is full.
+    """
+    length = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        os.truncate(path, length)
+        if find_no_room(error) is None:
+            raise
+        raise no_room(path, error.strerror or "no room") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `path` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        file.write(text.encode())

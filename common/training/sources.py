@@ -6,6 +6,9 @@ A source has a length, loads image i as RGB, and names it for error messages.
 from __future__ import annotations
 
 import gzip
+import os
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +34,7 @@ PHOTOS = {
 }  # fmt: skip
 _PHOTO_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 _LONGEST_PHOTO_SIDE = 512
+_ENDINGS = ", ".join(IMG_EXTENSIONS)
 
 
 class Source(Protocol):
@@ -48,7 +52,13 @@ class Source(Protocol):
 
 
 class ImageSource(Source, Protocol):
-    """Images by number."""
+    """Images by number.
+
+    Attributes:
+        summary: one line: how many, from where, and what was passed over.
+    """
+
+    summary: str
 
     def load(self, index: int) -> Image.Image:
         """Image `index` as RGB. Raises OSError or ValueError if it cannot be read."""
@@ -62,8 +72,8 @@ class ImageSource(Source, Protocol):
 class FileSource:
     """Image files, in the order given."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: list[Path], summary: str = "") -> None:
+        self.paths, self.summary = paths, summary or _count(len(paths), "image file")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -80,7 +90,8 @@ class PhotoSource(FileSource):
     """The photographs inside the scikit-image and scikit-learn wheels, at most 512 px long, kept in memory."""
 
     def __init__(self) -> None:
-        super().__init__([_photo_path(package, name) for package, names in PHOTOS.items() for name in names])
+        paths = [_photo_path(package, name) for package, names in PHOTOS.items() for name in names]
+        super().__init__(paths, f"{len(paths)} photographs inside the scikit-image and scikit-learn wheels")
         self._cached = lru_cache(maxsize=None)(self._shrunk)
 
     def load(self, index: int) -> Image.Image:
@@ -97,6 +108,7 @@ class ArraySource:
 
     def __init__(self, images: np.ndarray, label: str) -> None:
         self.images, self.label = images, label
+        self.summary = f"{len(images)} images of {label}"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -120,7 +132,8 @@ def open_source(config: ImageSetConfig) -> ImageSource:
     if kind == "photos":
         return PhotoSource()
     if kind == "folder":
-        return FileSource(find_images(Path(config.data_path)))
+        files = training_files(Path(config.data_path))
+        return FileSource(files.images, files.summary())
     return ArraySource(_torchvision_images(kind, config.data_path, config.download), kind)
 
 
@@ -130,30 +143,135 @@ def count_source(config: ImageSetConfig) -> int:
 
 
 def find_images(root: Path) -> list[Path]:
-    """Images of `root`/train/<class>/, `root`/<class>/, or directly in one of those, sorted.
+    """Image files of a folder for training, in the order of their numbers; see :func:`training_files`."""
+    return training_files(root).images
+
+
+def training_files(root: Path) -> ImageFiles:
+    """Image files under `root`/train, or under `root` where there is no such folder.
 
     Raises:
-        BadInput: no such folder, or a folder without classes and without images, naming it.
+        BadInput: no such folder, a folder without images, or more images beside the folder train than in it; names it.
     """
     if not root.is_dir():
         raise BadInput(f"--data_path {root}: no such folder")
     train = root / "train"
-    folder = train if train.is_dir() else root
-    classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    images = [path for label in classes for path in sorted(label.rglob("*")) if is_image(path)]
-    images = images or [path for path in sorted(folder.iterdir()) if is_image(path)]
-    if images:
-        return images
-    if not classes:
-        raise BadInput(
-            f"--data_path {root}: {folder} has no class folders and no images (expected train/<class>/*.jpg, or images)"
-        )
-    raise BadInput(f"--data_path {root}: no images in the {len(classes)} class folders of {folder} ({', '.join(IMG_EXTENSIONS)})")
+    files = scan_images(train if train.is_dir() else root)
+    if train.is_dir():
+        files.beside = sum(is_image(path) for path in root.iterdir())
+        if files.beside > len(files.images):
+            raise BadInput(
+                f"--data_path {root}: {files.beside} images lie beside the folder train, which holds {len(files.images)} and "
+                f"would be read alone: give the folder train another name to use all, or --data_path {train}"
+            )
+    if not files.images:
+        raise BadInput(f"--data_path {root}: no images in {files.folder} ({files.passed_over()}; images end in {_ENDINGS})")
+    return files
+
+
+@dataclass
+class ImageFiles:
+    """What was found under a folder.
+
+    Attributes:
+        folder: that was searched.
+        loose: images directly in it, sorted.
+        classes: name of each folder in it -> images anywhere under that, sorted.
+        others: reason -> how many files were passed over for it; those with an ending of no image by the ending.
+        beside: images beside `folder` that were passed over.
+    """
+
+    folder: Path
+    loose: list[Path] = field(default_factory=list)
+    classes: dict[str, list[Path]] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
+    beside: int = 0
+
+    @property
+    def images(self) -> list[Path]:
+        """All images: those directly in the folder, then class by class."""
+        return [*self.loose, *(path for paths in self.classes.values() for path in paths)]
+
+    def summary(self) -> str:
+        """One line: how many images, in how many folders, and what was passed over."""
+        images = self.images
+        folders = len({path.parent for path in images})
+        return f"{_count(len(images), 'image file')} in {_count(folders, 'folder')} under {self.folder}; {self.passed_over()}"
+
+    def passed_over(self) -> str:
+        """How many files were passed over, and why."""
+        beside = [f"{_count(self.beside, 'image')} beside {self.folder}"] if self.beside else []
+        return f"passed over: {', '.join([*described(self.others), *beside]) or 'none'}"
+
+
+def described(others: Counter[str]) -> list[str]:
+    """Files that were passed over, in words; those that are counted by their ending together and last."""
+    words = [f"{count} {reason}" for reason, count in sorted(others.items()) if not reason.startswith(".")]
+    endings = [(ending, count) for ending, count in others.most_common() if ending.startswith(".")]
+    if endings:
+        shown = ", ".join(f"{ending} {count}" for ending, count in endings[:5])
+        total = sum(count for _, count in endings)
+        words.append(f"{total} of other kinds ({shown}{', ...' if len(endings) > 5 else ''})")
+    return words
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def scan_images(folder: Path) -> ImageFiles:
+    """Everything under a folder. Hidden files and folders, and links to folders below the first level, are passed over."""
+    files = ImageFiles(folder)
+    for entry in _entries(folder, files.others):
+        if entry.is_dir():
+            found: list[Path] = []
+            _scan(entry.path, found, files.others)
+            files.classes[entry.name] = sorted(found)
+        else:
+            _sort_in(entry, files.loose, files.others)
+    files.loose.sort()
+    files.classes = dict(sorted(files.classes.items()))
+    return files
+
+
+def _scan(folder: str, found: list[Path], others: Counter[str]) -> None:
+    for entry in _entries(folder, others):
+        if not entry.is_dir():
+            _sort_in(entry, found, others)
+        elif entry.is_symlink():  # may lead in a circle
+            others["links to folders"] += 1
+        else:
+            _scan(entry.path, found, others)
+
+
+def _entries(folder: Path | str, others: Counter[str]) -> list[os.DirEntry[str]]:
+    """Visible entries of a folder; the rest is counted."""
+    try:
+        with os.scandir(folder) as listed:
+            entries = list(listed)
+    except OSError:
+        others["folders that cannot be read"] += 1
+        return []
+    visible = [entry for entry in entries if not entry.name.startswith(".")]
+    if len(visible) < len(entries):
+        others["hidden"] += len(entries) - len(visible)
+    return visible
+
+
+def _sort_in(entry: os.DirEntry[str], found: list[Path], others: Counter[str]) -> None:
+    """One file: an image, or counted with the reason why it is none."""
+    ending = os.path.splitext(entry.name)[1].lower()
+    if ending not in IMG_EXTENSIONS:
+        others[ending or "without an ending"] += 1
+    elif entry.is_file():
+        found.append(Path(entry.path))
+    else:
+        others["links that lead nowhere" if entry.is_symlink() else "that are no plain files"] += 1
 
 
 def is_image(path: Path) -> bool:
-    """Whether it is a file with the name of an image."""
-    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+    """Whether it is a file with the name of an image, and not hidden."""
+    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".") and path.is_file()
 
 
 def _photo_path(package: str, name: str) -> Path:

@@ -10,7 +10,8 @@ B images of a rank and accumulation step
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from common.training.checkpoint import find_resume, read_checkpoint
 from common.training.config import RunConfig
 from common.training.data import Batch, collate
-from common.training.distributed import Processes
+from common.training.distributed import Processes, start_processes
 from common.training.errors import BadInput
+from common.training.lock import RunLock
 from common.training.optim import EncoderEMA
 from common.training.runlog import RunLog
 
@@ -36,8 +38,9 @@ class Run:
         BadInput: a precision that the device does not have.
     """
 
-    def __init__(self, config: RunConfig, processes: Processes) -> None:
+    def __init__(self, config: RunConfig, processes: Processes, lock: RunLock | None = None) -> None:
         self.config, self.processes, self.device = config, processes, processes.device
+        self.lock = lock
         self.precision = choose_precision(config, self.device)
         self.log = RunLog(config, processes)
         self.resumed_from = find_resume(config)
@@ -56,6 +59,31 @@ class Run:
         """The precision of the run; graphs, losses and statistics that need more leave it by themselves."""
         lower = self.precision != torch.float32
         return torch.autocast(self.device.type, dtype=self.precision if lower else None, enabled=lower)
+
+
+@contextmanager
+def open_run(config: RunConfig, writes: bool = True) -> Iterator[Run]:
+    """Joins the processes and holds the output folder; leaves both after the block, however it ends.
+
+    Args:
+        writes: whether the run is one that writes checkpoints and logs, and so has to be alone in its folder.
+
+    Raises:
+        BadInput: another run holds the folder, or it cannot be made; a device or precision that is not there.
+    """
+    processes = start_processes(config.device, config.dist_timeout)
+    lock = RunLock(Path(config.output_dir)) if writes else None
+    try:
+        if lock is not None:
+            processes.on_main(lock.acquire)
+        run = Run(config, processes, lock)
+        if lock is not None and lock.taken_from:
+            run.log.say(lock.taken_from)
+        yield run
+    finally:
+        if lock is not None:
+            lock.release()
+        processes.close()
 
 
 @dataclass

@@ -267,5 +267,9 @@ def _as_bytes(picture: np.ndarray) -> np.ndarray:
 def _write_bytes(path: Path, content: bytes) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise

@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from common.training.config import ImageSetConfig
 from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Transform
 from common.training.errors import BadInput
-from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource, FileSource, ImageSource, is_image, read_idx
+from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource, FileSource, ImageSource, read_idx, scan_images
 
 FASHION_CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -47,6 +47,11 @@ class LabelledImages:
 
     def name(self, index: int) -> str:
         return self.images.name(index)
+
+    @property
+    def summary(self) -> str:
+        """One line for people: see :class:`common.training.sources.ImageSource`."""
+        return f"{self.images.summary}; {len(self.classes)} classes"
 
 
 class LabelledSubset:
@@ -122,15 +127,16 @@ def _folder(config: ImageSetConfig, train: bool) -> LabelledImages:
     folder = Path(config.data_path) / ("train" if train else "val")
     if not folder.is_dir():
         raise BadInput(f"--data_path {config.data_path}: no folder {folder} (expected train/<class>/ and val/<class>/)")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    samples = [
-        (path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*")) if is_image(path)
-    ]
-    if not classes:
+    files = scan_images(folder)
+    if files.loose:
+        files.others["outside class folders"] += len(files.loose)
+        files.loose = []
+    if not files.classes:
         raise BadInput(f"--data_path {config.data_path}: no class folders in {folder} (expected {folder.name}/<class>/*)")
-    if not samples:
-        raise BadInput(f"--data_path {config.data_path}: no images in the class folders of {folder}")
-    return LabelledImages(FileSource([path for path, _ in samples]), [label for _, label in samples], classes)
+    if not files.images:
+        raise BadInput(f"--data_path {config.data_path}: no images in the class folders of {folder} ({files.passed_over()})")
+    labels = [label for label, paths in enumerate(files.classes.values()) for _ in paths]
+    return LabelledImages(FileSource(files.images, files.summary()), labels, list(files.classes))
 
 
 def _named_set(kind: str, config: ImageSetConfig, train: bool) -> tuple[np.ndarray, Any, list[str]]:

@@ -12,6 +12,7 @@ C classes   H, W height and width of an image in pixels
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Batch
+from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Batch, RefusedSample
 from common.training.errors import BadInput
+from common.training.sources import described
 from downstream.confusion import IGNORED
 
 SPLITS = ("training", "validation")
@@ -44,13 +46,17 @@ AnnotatedImage = tuple[Image.Image, np.ndarray]
 class SegmentationSource:
     """One split of a folder in ADE20K's layout; `load` gives the image as RGB, and uint8 labels [H, W] of 0..C-1 or 255.
 
+    Attributes:
+        summary: one line: how many images there are, and which files were passed over and why.
+
     Raises:
         BadInput: folders missing or empty, or images and annotations that do not belong together; names them.
     """
 
     def __init__(self, root: Path, split: str, classes: int) -> None:
-        images = _files(root, root / "images" / split, _IMAGES)
-        annotations = _files(root, root / "annotations" / split, (_ANNOTATIONS,))
+        others = Counter[str]()
+        images = _files(root, root / "images" / split, _IMAGES, others)
+        annotations = _files(root, root / "annotations" / split, (_ANNOTATIONS,), others)
         unannotated = [path for stem, path in images.items() if stem not in annotations]
         orphaned = [path for stem, path in annotations.items() if stem not in images]
         if unannotated:
@@ -61,6 +67,9 @@ class SegmentationSource:
             raise BadInput(f"--data_path {root}: {len(orphaned)} annotations of {split} without image, such as {orphaned[0]}")
         self.classes = classes
         self.pairs = [(images[stem], annotations[stem]) for stem in images]
+        self.summary = (
+            f"{split}: {len(self.pairs)} images with annotations; passed over: {', '.join(described(others)) or 'none'}"
+        )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -84,7 +93,7 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
     """An annotation -> uint8 [H, W] of 0..C-1 or 255.
 
     Raises:
-        OSError: cannot be read; ValueError: more than one channel, or a class above C. Both name the file.
+        OSError: cannot be read; ValueError: more than one channel; RefusedSample: a class above C. All name the file.
     """
     try:
         with Image.open(path) as image:
@@ -95,7 +104,10 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
         raise ValueError(f"annotation {path}: must be an 8-bit image of one channel, is {image.mode}")
     unknown = labels[(labels > classes) & (labels != IGNORED)]
     if unknown.size:
-        raise ValueError(f"annotation {path}: holds class {unknown.max()}, but there are {classes} classes")
+        raise RefusedSample(
+            f"annotation {path}: holds class {unknown.max()}, but there are {classes} classes: --classes, or classes.txt of "
+            "--data_path, says how many"
+        )
     return np.where(labels == 0, IGNORED, labels - (labels != IGNORED).astype(np.uint8)).astype(np.uint8)
 
 
@@ -124,11 +136,14 @@ def class_names(root: Path, count: int = 0) -> list[str]:
     return [row[1] for row in rows]
 
 
-def _files(root: Path, folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Stem -> file, sorted."""
+def _files(root: Path, folder: Path, suffixes: tuple[str, ...], others: Counter[str]) -> dict[str, Path]:
+    """Stem -> file, sorted; `others` counts what is passed over, by its ending or a reason."""
     if not folder.is_dir():
         raise BadInput(f"--data_path {root}: no folder {folder} (expected {{images,annotations}}/{{training,validation}})")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    listed = list(folder.iterdir())
+    paths = sorted(path for path in listed if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    rest = set(listed).difference(paths)
+    others.update("hidden" if path.name.startswith(".") else path.suffix.lower() or "without an ending" for path in rest)
     if not paths:
         raise BadInput(f"--data_path {root}: no {' or '.join(suffixes)} files in {folder}")
     files = {path.stem: path for path in paths}

@@ -222,6 +222,11 @@ def test_places_without_a_tokenizer_are_named(tmp_path: Path) -> None:
     torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "other.bin")
     with pytest.raises(BadInput, match=r"other.bin: does not fit a tokenizer"):
         load_tokenizer(str(tmp_path / "other.bin"))
+    weights = DiscreteVAE(12, 6, 1, 5).state_dict()
+    weights["codebook.weight"][3] = float("nan")
+    torch.save({"weights": weights}, tmp_path / "nan.bin")
+    with pytest.raises(BadInput, match=r"nan.bin: holds weights that are NaN or infinite: codebook.weight$"):
+        load_tokenizer(str(tmp_path / "nan.bin"))
     (tmp_path / "noise.pkl").write_bytes(b"\x80\x02noise")
     with pytest.raises(BadInput, match=r"noise.pkl: not the DALL-E encoder"):
         load_tokenizer(str(tmp_path / "noise.pkl"))

@@ -58,6 +58,21 @@ def test_training_is_logged_and_loads(image_folder: Path, tmp_path: Path) -> Non
     assert list((output / "tensorboard").iterdir())
 
 
+def test_no_picture_where_no_image_can_be_read(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures at the end of an epoch are of the first images; if those went away, the tokenizer is written without."""
+    original = Loop._end_epoch
+
+    def spoil(self: Loop, *rest: object) -> None:
+        for path in image_folder.rglob("*.jpg"):
+            path.write_bytes(b"no image")
+        original(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Loop, "_end_epoch", spoil)
+    output = train(image_folder, tmp_path / "run", "--epochs 1")
+    assert load_tokenizer(str(output)).vocabulary == 16
+    assert not (output / "reconstructions.png").exists()
+
+
 def final_state(output: Path) -> dict[str, object]:
     state = torch.load(output / LAST, weights_only=True)
     return {key: state[key] for key in ("model", "weights", "optimizer", "epoch", "update", "meters")}

@@ -2,7 +2,10 @@
 
 import io
 import math
+import warnings
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch import Tensor
 
 from common.draws import Stream, hash_uniform
 from common.evolved_mask import (
@@ -24,6 +28,8 @@ from common.evolved_mask import (
     select_masked,
 )
 from common.masks import BLOCK_ATTEMPTS, BLOCK_DRAWS, block_masks, check_mask, grid_classes
+
+pytestmark = pytest.mark.filterwarnings("ignore:set_epoch was never called")  # most tests here look at one epoch
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=60)
 BLENDED = ("evolved", "part", "grid", "random", "block", "grid-to-block")
@@ -309,6 +315,7 @@ def test_alpha_of_each_strategy(strategy, options, alphas, small):
 def test_alpha_zero_masks_whole_grid_classes(strategy, shortcut, full):
     """MAE's 147 of 14x14 at alpha = 0: exactly three of the four classes, whole."""
     maker = EvolvedMask((14, 14), 147, 200, mask=strategy, iterations=1, shortcut=shortcut)
+    maker.set_epoch(0)
     mask = maker(torch.arange(8), Encoder(full)).mask
     for image in mask:
         counts = [int(image[grid_classes(14, 14) == k].sum()) for k in range(4)]
@@ -736,3 +743,72 @@ def test_a_state_from_before_an_option_goes_on():
     EvolvedMask((6, 6), 20, 10, num_parts=5, start_refine=0).load_state_dict(state)
     with pytest.raises(ValueError, match="start_refine 0 -> 3"):
         EvolvedMask((6, 6), 20, 10, num_parts=5).load_state_dict(state)
+
+
+# --- What callers get wrong --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({}, True),
+        ({"mask": "part"}, True),
+        ({"mask": "grid-to-block"}, True),
+        ({"alpha": 0.5}, True),
+        ({"mask": "random"}, False),
+        ({"alpha": 0.5, "num_parts": 6}, False),
+    ],
+)
+def test_a_mask_that_nobody_moves_warns_once(
+    random_attention: Callable[..., Tensor], options: dict[str, Any], warned: bool
+) -> None:
+    """Without set_epoch an evolving mask stays that of epoch 0, which nothing else would show. Seed 0."""
+    mask = EvolvedMask((4, 4), 12, 10, MaskConfig(parts_start=8, parts_end=3, **options))
+    images, attention = torch.zeros(3, 1), random_attention(0, 3, 17)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            mask(images, lambda rows: attention[: len(rows)])
+    assert len(seen) == int(warned)
+    if warned:
+        assert "set_epoch was never called: masks stay those of epoch 0 of 10" in str(seen[0].message)
+        assert seen[0].filename == __file__
+
+
+def test_no_warning_where_the_epoch_is_known() -> None:
+    """Told by set_epoch or a loaded state, or the only one there is."""
+    told, loaded, short = (EvolvedMask((4, 4), 12, total, parts_start=8, parts_end=3, seed=0) for total in (10, 10, 1))
+    told.set_epoch(0)
+    loaded.load_state_dict(told.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mask in (told, loaded, short):
+            mask(torch.zeros(2, 1), lambda rows: torch.full((len(rows), 1, 17, 17), 1 / 17))
+
+
+@pytest.mark.parametrize("wrong", [0.75, 147.0, "147", None])
+def test_a_ratio_in_the_place_of_a_count_is_refused_at_once(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"num_masked must be a number of patches \(int\), got .*; count_masked\(196, ratio\)"):
+        EvolvedMask((14, 14), wrong, 10)
+
+
+@pytest.mark.parametrize("count", [np.int64(147), torch.tensor(147)])
+def test_a_count_of_any_whole_kind_becomes_an_int(count: Any) -> None:
+    mask = EvolvedMask((14, 14), count, 10)
+    mask.set_epoch(0)
+    assert type(mask.state_dict()["num_masked"]) is int
+    assert int(mask(torch.zeros(1, 1), lambda rows: torch.full((1, 1, 197, 197), 1 / 197)).mask.sum()) == 147
+
+
+def test_sample_ids_may_be_a_list_or_an_array() -> None:
+    """They draw what a tensor draws; what are no whole numbers is refused with what is wanted."""
+    mask, images = EvolvedMask((4, 4), 12, 10, mask="random", seed=3), torch.zeros(3, 1)
+    expected = mask(images, sample_ids=torch.tensor([7, 1, 2])).mask
+    for ids in ([7, 1, 2], (7, 1, 2), np.array([7, 1, 2], dtype=np.int32), torch.tensor([7, 1, 2], dtype=torch.int32)):
+        assert torch.equal(mask(images, sample_ids=ids).mask, expected)  # type: ignore[arg-type]
+    floats, words, truths = [7.0, 1, 2], ["a", "b", "c"], np.ones(3, bool)
+    for wrong, kind in ((floats, "list of torch.float32"), (words, "list"), (truths, "ndarray of torch.bool")):
+        with pytest.raises(ValueError, match=f"sample_ids must be whole numbers, one for each input .*, got a {kind}$"):
+            mask(images, sample_ids=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sample_ids must be \[3\], one for each input, got \[2\]"):
+        mask(images, sample_ids=[7, 1])

@@ -310,6 +310,9 @@ def test_names_are_accounted_for(save: Callable[..., Path]) -> None:
     no_norm = {key: value for key, value in weights.items() if not key.startswith("norm.")}
     with pytest.raises(BadInput, match=r"\(missing: norm.weight, norm.bias\)"):
         load_encoder(encoder, save(no_norm), norm=LayerNorm(24))
+    spoilt = {**weights, "blocks.0.norm1.bias": torch.full((24,), float("inf"))}
+    with pytest.raises(BadInput, match=r"holds weights that are NaN or infinite: blocks.0.norm1.bias$"):
+        load_encoder(encoder, save(spoilt))
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
     load_encoder(encoder, save(no_norm))
 

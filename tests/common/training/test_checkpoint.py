@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pickle
+import re
+import subprocess
 import sys
 import types
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,8 +20,9 @@ import pytest
 import torch
 from torch import nn
 
-from common.training.checkpoint import load_weights, read_checkpoint, save_atomically
+from common.training.checkpoint import count_bytes, load_weights, read_checkpoint, save_atomically
 from common.training.errors import BadInput
+from common.training.runlog import write_text
 
 
 class Tiny(nn.Module):
@@ -33,6 +38,75 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="disk full"):
         save_atomically({"model": {"a": torch.zeros(2)}}, path)
     assert torch.equal(read_checkpoint(path)["model"]["a"], torch.ones(2))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"needs the right to mount a small disk: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def numbers(count: int) -> dict[str, Any]:
+    """A state of `count` bytes."""
+    return {"model": {"a": torch.ones(count, dtype=torch.uint8)}}
+
+
+def test_a_full_disk_is_found_before_writing(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line with what is needed and free; nothing is begun, and the checkpoint of before is as it was."""
+    path = small_disk / "c.pth"
+    save_atomically(numbers(300_000), path)
+    monkeypatch.setattr(torch, "save", lambda *_: pytest.fail("began to write"))
+    with pytest.raises(BadInput) as error:
+        save_atomically(numbers(900_000), path)
+    kept = r"; the one that was there before is untouched"
+    assert re.fullmatch(rf"{path}: not written, it needs 900\.0 kB \(7\d\d\.\d kB free\){kept}", str(error.value))
+    assert os.listdir(small_disk) == ["c.pth"]
+    assert read_checkpoint(path)["model"]["a"].sum() == 300_000
+
+
+def test_a_disk_that_fills_while_it_is_written_to(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where others write too: one line, no temporary file, room again, and the checkpoint of before can be read."""
+    path = small_disk / "c.pth"
+    save_atomically(numbers(300_000), path)
+    monkeypatch.setattr("common.training.checkpoint.require_room", lambda path, needed: None)
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"c.pth: not written, No space left on device .*before is untouched$"):
+            save_atomically(numbers(900_000), path)
+        assert os.listdir(small_disk) == ["c.pth"]
+    assert read_checkpoint(path)["model"]["a"].sum() == 300_000
+    with pytest.raises(BadInput, match=r"run.json: not written, No space left on device \(\d+\.\d kB free\)$"):
+        write_text(small_disk / "run.json", "x" * 900_000)
+    assert os.listdir(small_disk) == ["c.pth"]
+
+
+def test_no_room_without_a_disk_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where no disk can be mounted: the system says so part-way, and torch.save raises something else over it."""
+
+    def full(state: object, file: Any) -> None:
+        file.write(b"half")
+        try:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    path = tmp_path / "c.pth"
+    save_atomically(numbers(10), path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(BadInput, match=r"c.pth: not written, Disk quota exceeded"):
+        save_atomically(numbers(10), path)
+    assert os.listdir(tmp_path) == ["c.pth"]
+
+
+def test_bytes_of_a_state() -> None:
+    """Tensors at any depth; two views of one memory count once, and whole, as torch.save writes it."""
+    shared = torch.zeros(10)
+    assert count_bytes({"a": shared, "b": [shared[:5], {"c": torch.zeros(3, dtype=torch.uint8)}], "d": 7}) == 43
 
 
 def test_official_checkpoints_hold_a_namespace(tmp_path: Path) -> None:
@@ -136,9 +210,9 @@ def test_refusals_are_one_line_with_the_reason(tmp_path: Path, archive: bool, va
 
 def test_what_is_allowed_is_allowed_while_a_checkpoint_is_read_only(tmp_path: Path) -> None:
     torch.save({"lr": np.float64(1)}, tmp_path / "c.pth")
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     assert read_checkpoint(tmp_path / "c.pth") == {"lr": 1.0}
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "c.pth")
 
@@ -163,7 +237,7 @@ def test_truncated_or_foreign_files_are_named(tmp_path: Path) -> None:
         "pickle.pth": "is not a file of torch.save",
         "zip.pth": "is a zip archive, but not one of torch.save",
     }
-    contents = {"empty.pth": b"", "text.pth": b"hello", "pickle.pth": pickle.dumps({"a": 1})}
+    contents = {"empty.pth": b"", "text.pth": b"epoch 1\tloss 0.5\n", "pickle.pth": pickle.dumps({"a": 1})}  # "e" is byte 101
     for name, reason in reasons.items():
         if name in contents:
             (tmp_path / name).write_bytes(contents[name])
@@ -197,6 +271,9 @@ def test_weights_load_strictly(tmp_path: Path) -> None:
         load_weights(Tiny(), path, may_miss=("decoder_",))
     torch.save({"model": {**whole, "head.weight": torch.ones(1)}}, path)
     with pytest.raises(BadInput, match=r"not of this model: head.weight"):
+        load_weights(Tiny(), path)
+    torch.save({"model": {**whole, "body.bias": torch.tensor([1, float("nan"), 1])}}, path)
+    with pytest.raises(BadInput, match=r"w.pth: holds weights that are NaN or infinite: body.bias$"):
         load_weights(Tiny(), path)
     torch.save({"model": {**whole, "body.weight": torch.ones(2, 2)}}, path)
     with pytest.raises(BadInput, match=r"of another shape: body.weight \[2, 2\] instead of \[3, 2\]"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from common.mask_config import MaskConfig
 from common.training.command_line import parse_arguments
-from common.training.errors import BadInput, run_cli
+from common.training.errors import BadInput, NonFiniteLoss, RankError, run_cli
 from mae_evolved.main_pretrain import MAEConfig
 
 RECIPES = sorted((Path(__file__).parents[3] / "mae_evolved" / "recipes").glob("*.toml"))
@@ -48,6 +49,27 @@ def test_precedence_flags_over_file_over_recipe(tmp_path: Path) -> None:
     assert (mask.gamma, mask.estimator, mask.parts_jitter) == (5.0, "vmf", 2)
     _, mask = parse(f"--config {file} --recipe paper --gamma 3")
     assert (mask.gamma, mask.estimator) == (3.0, "gaussian")
+
+
+def test_the_command_lines_data_win_over_a_files(tmp_path: Path) -> None:
+    """--data_path over a recipe of photographs, --dataset photos over a file's folder; both from one place are refused."""
+    photos, folder = tmp_path / "photos.toml", tmp_path / "folder.toml"
+    photos.write_text('dataset = "photos"\n')
+    folder.write_text('data_path = "images"\n')
+    places = [
+        (f"--config {photos}", ("photos", "")),
+        (f"--config {photos} --data_path=", ("photos", "")),
+        (f"--config {photos} --data_path mine", ("auto", "mine")),
+        (f"--config {folder} --dataset photos", ("photos", "")),
+        (f"--config {folder} --data_path mine", ("auto", "mine")),
+    ]
+    for flags, data in places:
+        config, _ = parse(flags)
+        assert (config.dataset, config.data_path) == data, flags
+    photos.write_text('dataset = "photos"\ndata_path = "images"\n')
+    for flags in ("--dataset photos --data_path images", f"--config {photos}"):
+        with pytest.raises(BadInput, match="--data_path is not read by --dataset photos: leave one of them out, got 'images'"):
+            parse(flags)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -114,6 +136,28 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
         run_cli("program", fail, [])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "program: error: --data_path x: no such folder\n"
+
+
+def test_numbers_that_end_a_run_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1, no traceback; a full disk that nothing foresaw 2; what one rank alone finds is said by that rank."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    full = OSError(errno.ENOSPC, "No space left on device", "out/evolution.png")
+    for error, code, line in (
+        (NonFiniteLoss("loss became nan at epoch 1"), 1, "loss became nan at epoch 1"),
+        (full, 2, "out/evolution.png: No space left on device"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_cli("program", lambda argv, error=error: fail(error), [])  # type: ignore[misc]
+        assert stop.value.code == code
+        assert capsys.readouterr().err == f"program: error: {line}\n"
+    monkeypatch.setenv("RANK", "1")
+    for error, line in ((BadInput("all"), ""), (RankError("mine"), "program: error: mine\n")):
+        with pytest.raises(SystemExit):
+            run_cli("program", lambda argv, error=error: fail(error), [])  # type: ignore[misc]
+        assert capsys.readouterr().err == line
 
 
 def test_other_errors_keep_their_traceback() -> None:

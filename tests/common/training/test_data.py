@@ -16,7 +16,9 @@ from PIL import Image
 from common.training.config import TrainConfig
 from common.training.data import (
     RankBatches,
+    RefusedSample,
     Samples,
+    check_usable,
     count_workers,
     denormalise,
     make_loader,
@@ -25,7 +27,7 @@ from common.training.data import (
     training_transform,
 )
 from common.training.distributed import Processes
-from common.training.errors import BadInput
+from common.training.errors import BadInput, RankError
 from common.training.sources import DEBIAN_FASHION_MNIST, PHOTOS, FileSource, find_images, open_source, read_idx_images
 from tests.conftest import write_images
 
@@ -57,14 +59,56 @@ def test_imagenet_folder_flat_folder_and_classes_at_the_root(tmp_path: Path) -> 
     assert len(find_images(tmp_path / "flat_train")) == 1
 
 
+def test_photographs_beside_a_subfolder_are_all_used(tmp_path: Path) -> None:
+    """66 in the folder and one in a subfolder of it: 67, in the order folder, subfolders; said in one line."""
+    write_images(tmp_path, 66)
+    write_images(tmp_path / "best", 1)
+    source = open_source(make_config(data_path=str(tmp_path)))
+    assert len(source) == 67
+    assert [Path(source.name(index)).relative_to(tmp_path).as_posix() for index in (0, 65, 66)] == [
+        "image_00.jpg", "image_65.jpg", "best/image_00.jpg",
+    ]  # fmt: skip
+    assert source.summary == f"67 image files in 2 folders under {tmp_path}; passed over: none"
+
+
+def test_what_is_passed_over_is_counted_with_the_reason(tmp_path: Path) -> None:
+    write_images(tmp_path / "a" / "deep", 2)
+    for name in ("notes.txt", "b.HEIC", "c.heic", "README", ".hidden.jpg", "a/.d.jpg", "a/e.txt"):
+        (tmp_path / name).write_text("")
+    write_images(tmp_path / ".cache", 3)
+    write_images(tmp_path / "outside", 1)
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "linked").symlink_to(tmp_path / "outside")
+    (tmp_path / "good.jpg").symlink_to(tmp_path / "outside" / "image_00.jpg")
+    source = open_source(make_config(data_path=str(tmp_path)))
+    names = [Path(source.name(index)).relative_to(tmp_path).as_posix() for index in range(len(source))]
+    assert names == ["good.jpg", "a/deep/image_00.jpg", "a/deep/image_01.jpg", "linked/image_00.jpg", "outside/image_00.jpg"]
+    assert source.summary == (
+        f"5 image files in 4 folders under {tmp_path}; passed over: 3 hidden, 1 links that lead nowhere, 1 links to folders, "
+        "1 without an ending, 4 of other kinds (.heic 2, .txt 2)"
+    )
+
+
+def test_a_folder_named_train_among_photographs_is_refused(tmp_path: Path) -> None:
+    """ImageNet has images in train/ only; a few beside them are passed over and said, many are a folder of photographs."""
+    write_images(tmp_path / "train" / "a", 2)
+    write_images(tmp_path, 1)
+    assert open_source(make_config(data_path=str(tmp_path))).summary.endswith(f"passed over: 1 image beside {tmp_path}/train")
+    write_images(tmp_path, 5)
+    with pytest.raises(BadInput, match=r"5 images lie beside the folder train, which holds 2 and would be read alone"):
+        find_images(tmp_path)
+
+
 def test_folders_without_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nowhere: no such folder"):
         find_images(tmp_path / "nowhere")
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(BadInput, match=r"empty/train has no class folders and no images"):
+    with pytest.raises(BadInput, match=r"empty: no images in .*empty/train \(passed over: none; images end in .jpg"):
         find_images(tmp_path / "empty")
     (tmp_path / "empty" / "train" / "bird").mkdir()
-    with pytest.raises(BadInput, match=r"no images in the 1 class folders of .*empty/train"):
+    (tmp_path / "empty" / "train" / "bird" / "a.heic").write_text("")
+    with pytest.raises(BadInput, match=r"no images in .*empty/train \(passed over: 1 of other kinds \(.heic 1\); images end in"):
         find_images(tmp_path / "empty")
 
 
@@ -218,6 +262,21 @@ def test_unreadable_image_is_replaced_and_named(image_folder: Path) -> None:
     assert torch.equal(views[0], samples[(0, 4)][0][0])
 
 
+def test_a_refusal_comes_out_of_a_loaders_process(tmp_path: Path) -> None:
+    """A sample that does not go with the flags has nothing in its place, and its own line ends the run."""
+
+    class Picky(FileSource):
+        def load(self, index: int) -> Image.Image:
+            raise RefusedSample(f"{self.name(index)}: holds class 7, but there are 3 classes")
+
+    write_images(tmp_path, 3)
+    config = make_config(num_workers=1)
+    samples = Samples(Picky(find_images(tmp_path)), training_transform(config), 0)
+    (batch,) = list(make_loader(samples, RankBatches(3, config, ONE), config, ONE))
+    with pytest.raises(RankError, match=r"^\S+image_0\d.jpg: holds class 7, but there are 3 classes$"):
+        check_usable(batch)
+
+
 def test_nothing_readable_gives_no_views(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no image")
     config = make_config(batch_size=1, num_workers=0)
@@ -225,6 +284,8 @@ def test_nothing_readable_gives_no_views(tmp_path: Path) -> None:
     (batch,) = list(make_loader(samples, RankBatches(1, config, ONE), config, ONE))
     assert batch.views == ()
     assert "a.jpg" in batch.bad[0]
+    with pytest.raises(RankError, match=r"^no readable image found, 1 were tried: \S+a.jpg: cannot identify image file"):
+        check_usable(batch)
 
 
 # --- order ---

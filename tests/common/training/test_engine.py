@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,48 @@ def test_predicted_share_belongs_to_the_sample(train: Train, monkeypatch: pytest
         train("none", "--decode_share 0")
 
 
+def test_nan_in_given_weights_is_not_blamed_on_images(train: Train, tmp_path: Path) -> None:
+    """Neither in --init_from nor in a checkpoint to resume: the file and the weight are named, before an image is read."""
+    output = train("run", "--mask grid --epochs 1")
+    state = torch.load(output / LAST, weights_only=True)
+    state["model"]["blocks.3.mlp.fc1.bias"][2] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    for name in ("init_from", "resume"):
+        with pytest.raises(BadInput, match=r"nan.pth: holds weights that are NaN or infinite: blocks.3.mlp.fc1.bias$"):
+            train("other", f"--mask grid --epochs 1 --{name} {tmp_path / 'nan.pth'}")
+    assert not (tmp_path / "other").exists()
+
+
+def test_weights_that_became_nan_are_not_blamed_on_images(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update before did it; no checkpoint of that state is written."""
+    original = Loop._step
+
+    def spoil(self: Loop, norm: Tensor) -> None:
+        original(self, norm)
+        self.task.model.get_parameter("decoder_pred.bias").data[0] = float("nan")
+
+    monkeypatch.setattr(Loop, "_step", spoil)
+    with pytest.raises(NonFiniteLoss, match=r"weights were NaN or infinite already at epoch 0, update 1 .*: decoder_pred.bias$"):
+        train("run", "--mask grid")
+
+
+def test_nonfinite_loss_names_each_image_once(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --repeat an image comes several times in a batch; at most eight are named, and the others counted."""
+
+    def poisoned(model: torch.nn.Module, batch: Batch, mask: Tensor) -> Tensor:
+        return model(batch.images, mask)[0] * float("inf")
+
+    monkeypatch.setattr(main_pretrain, "_loss", poisoned)
+    with pytest.raises(NonFiniteLoss) as error:
+        train("broken", "--mask grid --repeat 4 --batch_size 64")
+    message = str(error.value)
+    assert message.startswith("loss became inf at epoch 0, update 0 (step 0); state before it: ")
+    names = message.split("images: ")[1].split(", ")
+    assert len(set(names)) == len(names) == 8 + 1
+    assert names[-1] == "and 8 more"
+    assert "\n" not in message
+
+
 def test_nonfinite_gradient_stops(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(model: torch.nn.Module, batch: Batch, mask: Tensor) -> Tensor:
         loss, _ = model(batch.images, mask)
@@ -364,6 +407,30 @@ def test_tensorboard_has_scalars_and_pictures(train: Train) -> None:
     assert len(events.Images("parts_and_masks")) == 3
 
 
+def events_of(output: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "tensorboard"), size_guidance={"images": 0, "scalars": 0})  # 0: keep all
+    events.Reload()
+    return events
+
+
+def test_tensorboard_keeps_every_epoch_through_resumes(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed at the end of epoch 1, and started again when finished: every epoch once, with the numbers of log.txt."""
+    flags = "--mask grid --picture_epochs 5 --picture_images 1"
+    with monkeypatch.context() as patch:
+        stop_at_epoch(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train("run", flags)
+    for _ in range(2):
+        output = train("run", flags)
+        events = events_of(output)
+        losses = [(event.step, pytest.approx(event.value)) for event in events.Scalars("epoch/train_loss")]
+        assert [(4 * (line["epoch"] + 1) - 1, line["train_loss"]) for line in read_log(output)] == losses  # type: ignore[operator]
+        assert [event.step for event in events.Scalars("train/loss")] == list(range(16))
+        assert [event.step for event in events.Images("parts_and_masks")] == [0, 4, 8, 12, 16]
+
+
 def test_resume_refuses_another_run(train: Train, tmp_path: Path) -> None:
     """What differs is named; nothing is overwritten."""
     output = train("run")
@@ -412,3 +479,72 @@ def test_unreadable_images(train: Train, image_folder: Path) -> None:
     first, second = train("first", "--on_bad_image skip"), train("second", "--on_bad_image skip --num_workers 2")
     assert [line["bad_images"] for line in read_log(first)] == [1, 1, 1, 1]
     assert_same(trained_state(first)["model"], trained_state(second)["model"])
+
+
+def test_skipped_images_are_named_once_a_run(
+    train: Train, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the screen and in log.txt, each once, also over a resume in the middle of an epoch; above the limit they are counted."""
+    for index in (3, 5):
+        (image_folder / "train" / "bird" / f"image_0{index}.jpg").write_bytes(b"no image")
+    flags = "--mask grid --on_bad_image skip --save_steps 1 --epochs 2"
+    with monkeypatch.context() as patch:
+        original = Loop._train_update
+
+        def cut(self: Loop, epoch: int, update: int, *rest: object) -> None:
+            if (epoch, update) == (0, 3):
+                raise KeyboardInterrupt
+            original(self, epoch, update, *rest)  # type: ignore[arg-type]
+
+        patch.setattr(Loop, "_train_update", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts", flags)
+    output = train("parts", flags)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unreadable, another image is in its place")]
+    assert len(said) == 2
+    assert {line.split("/")[-1].split(":")[0].strip("'") for line in said} == {"image_03.jpg", "image_05.jpg"}
+    named = [line.get("unreadable", []) for line in read_log(output)]
+    assert sorted(f"unreadable, another image is in its place: {line}" for line in named[0]) == sorted(said)  # type: ignore[attr-defined]
+    assert named[1:] == [[]]
+    assert read_log(output) == read_log(train("whole", flags))
+    monkeypatch.setattr("common.training.loop.MOST_NAMED", 1)
+    capsys.readouterr()
+    train("few", f"{flags} --epochs 1")
+    said = [line for line in capsys.readouterr().out.splitlines() if "unreadable" in line]
+    assert [line.split()[0] for line in said] == ["unreadable,", "1", "epoch"]
+
+
+def test_a_folder_without_one_readable_image(train: Train, image_folder: Path) -> None:
+    """One line that says so, under --on_bad_image skip too; raise names eight, and how many more."""
+    for path in image_folder.rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    with pytest.raises(BadInput, match=r"^no readable image found, \d+ were tried: [^;]+; [^;]+; [^;]+; and \d+ more$"):
+        train("run", "--on_bad_image skip --picture_epochs 1")
+
+
+def test_a_disk_that_fills_ends_all_in_one_line(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second epoch there is no room for its checkpoint: that of the first stays, and the run goes on from it."""
+    flags = "--mask grid --batch_size 8"
+    whole = train("whole", flags)
+    room = iter([10**9, 0])
+    with monkeypatch.context() as patch:
+        patch.setattr("common.training.files.free_bytes", lambda folder: next(room, 0))
+        with pytest.raises(BadInput, match=rf"{LAST}: not written, it needs .* MB \(0.0 kB free\); the one .* is untouched$"):
+            train("run", flags)
+    output = whole.parent / "run"
+    assert torch.load(output / LAST, weights_only=True)["epoch"] == 0
+    assert [path.name for path in output.glob(".*")] == []
+    assert_same(trained_state(train("run", flags)), trained_state(whole))
+    assert read_log(output) == read_log(whole)
+
+
+def test_a_log_line_that_was_cut_off_is_passed_over(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the end of the process in the middle of it: the epoch is run again and its line written anew."""
+    output, flags = tmp_path / "run", "--mask grid --batch_size 8"
+    with monkeypatch.context() as patch:
+        stop_at_epoch(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train("run", flags)
+    with (output / "log.txt").open("a") as log:
+        log.write('{"epoch": 2, "train_l')
+    assert [line["epoch"] for line in read_log(train("run", flags))] == [0, 1, 2, 3]

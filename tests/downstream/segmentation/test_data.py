@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.training.data import denormalise, seeded
+from common.training.data import RefusedSample, denormalise, seeded
 from common.training.errors import BadInput
 from downstream.confusion import IGNORED
 from downstream.segmentation.data import (
@@ -253,6 +253,21 @@ def test_unusable_folders(tmp_path: Path, spoil: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_files_that_are_passed_over_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for name in (
+        "images/training/.DS_Store",
+        "images/training/a.heic",
+        "annotations/training/a.txt",
+        "annotations/training/README",
+    ):
+        (tmp_path / name).write_text("")
+    source = SegmentationSource(tmp_path, "training", CLASSES)
+    expected = "training: 4 images with annotations; passed over: 1 hidden, 1 without an ending, 2 of other kinds "
+    assert source.summary.startswith(expected)
+    assert sorted(source.summary.removeprefix(expected).strip("()").split(", ")) == [".heic 1", ".txt 1"]
+
+
 def test_unusable_annotations(tmp_path: Path) -> None:
     source = SegmentationSource(write_folder(tmp_path), "training", CLASSES)
     place = tmp_path / "annotations/training"
@@ -268,7 +283,7 @@ def test_unusable_annotations(tmp_path: Path) -> None:
             "03.png",
         )
     ):
-        with pytest.raises((OSError, ValueError), match=message):
+        with pytest.raises(RefusedSample if index == 0 else (OSError, ValueError), match=message):
             source.load(index)
 
 
