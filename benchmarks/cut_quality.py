@@ -33,6 +33,7 @@ from torch import Tensor
 from benchmarks.mask_cost import fit_with_sklearn
 from benchmarks.pieces import count_pieces
 from benchmarks.skipped_passes import write_json
+from common.mask_config import FORMER_DEFAULTS
 from common.parts import PartsOptions, fit_parts
 
 WIDTH = 16
@@ -41,9 +42,6 @@ WIDTH = 16
 MIXTURES = [(init, floor) for init in ("k-means++", "kmeans") for floor in (0.01, 0.1)]
 SKLEARN = {**{f"GaussianMixture, {init}, {floor}": (init, floor) for init, floor in MIXTURES}, "KMeans": None}
 """Columns of scikit-learn: start and smallest variance of a mixture, None for k-means."""
-
-FORMER: dict[str, Any] = {"start": "kmeans++", "start_refine": 0, "iterations": 15, "covariance_floor": 0.1}
-"""The defaults of version 0.1.0."""
 
 BETAS = (0.0, 0.5, 1.0, 2.0, 8.0, 32.0)
 """Weights of the prior that --smooth compares."""
@@ -154,7 +152,7 @@ def _each_graph(make: Callable[[int, int], Any]) -> Cut:
 def compared() -> dict[str, Cut]:
     """Every column of the table."""
     theirs = {name: sklearn_mixture(*chosen) if chosen else sklearn_kmeans() for name, chosen in SKLEARN.items()}
-    return {"ours": ours(), "version 0.1.0": ours(**FORMER), **theirs}
+    return {"ours": ours(), "version 0.1.0": ours(**FORMER_DEFAULTS), **theirs}
 
 
 def diagnosed() -> dict[str, Cut]:
@@ -262,7 +260,7 @@ def time_cut(images: int, grid: tuple[int, int], num_parts: int, turns: int) -> 
     cuts = {
         "ours": lambda: fit_parts(graphs, num_parts),
         "ours, smooth": lambda: fit_parts(graphs, num_parts, smooth=BETAS[-1], grid_size=grid),
-        "version 0.1.0": lambda: fit_parts(graphs, num_parts, **FORMER),
+        "version 0.1.0": lambda: fit_parts(graphs, num_parts, **FORMER_DEFAULTS),
         "greedy start alone": lambda: fit_parts(graphs, num_parts, iterations=0),
         "scikit-learn, start given": lambda: fit_with_sklearn(started, PartsOptions().iterations, "given"),
     }

@@ -412,16 +412,18 @@ class EvolvedMask:
         return {"epoch": self.epoch, **self._settings(), "config": config, "generator": generator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from :meth:`state_dict`.
+        """Continues from :meth:`state_dict`, with options that are at a default of its time and of today as they were then.
 
         Raises:
             ValueError: the state belongs to another configuration; names what differs.
         """
         settings = self._settings()
-        saved = {name: state[name] for name in settings}
-        differing = differences(saved, settings) + differences(MaskConfig.completed(state["config"]), asdict(self.config))
+        saved, saved_config = {name: state[name] for name in settings}, MaskConfig.completed(state["config"])
+        config = self.config.continuing(saved_config)
+        differing = differences(saved, settings) + differences(saved_config, asdict(config))
         if differing:
             raise ValueError(f"the saved masks were made with other settings: {'; '.join(differing)}")
+        self.config, self.parts_options = config, config.parts_options
         self.set_epoch(state["epoch"])
         self.generator.set_state(state["generator"].cpu())
 

@@ -178,6 +178,17 @@ class MaskConfig:
         """Saved options, with the values of ADDED for those that are newer than the state."""
         return {**ADDED, **saved}
 
+    def continuing(self, saved: dict[str, Any]) -> MaskConfig:
+        """These options for a run that goes on from saved ones: where the default has changed since, and neither side says
+        anything but its own default, the saved value. So a run keeps its masks when the project is updated under it."""
+        today = {option.name: option.default for option in fields(self)}
+        former = {
+            name: value
+            for name, value in FORMER_DEFAULTS.items()
+            if saved.get(name) == value and getattr(self, name) == today[name]
+        }
+        return replace(self, **former)
+
     @property
     def parts_range(self) -> tuple[int, int]:
         """K at the start and at the end of the schedule."""
@@ -319,6 +330,9 @@ ADDED: dict[str, Any] = {
     "remove_position": False,
 }
 """Options that states of version 0.1.0 may lack, with the values under which masks are what they were without them."""
+
+FORMER_DEFAULTS: dict[str, Any] = {"start": "kmeans++", "start_refine": 0, "iterations": 15, "covariance_floor": 0.1}
+"""Defaults of version 0.1.0 that are others now."""
 
 WORDS: dict[str, tuple[str, ...]] = _words()
 """Allowed words of each option that takes one of several."""

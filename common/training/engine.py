@@ -108,7 +108,7 @@ def pretrain(config: TrainConfig, mask_config: MaskConfig, build: Callable[[], P
         torch.manual_seed(config.seed)  # the same weights on every rank
         method = build()
         samples = Samples(source, method.transform, config.seed, config.repeat)
-        Loop(run, PretrainingTask(run, config, mask_config, method, mask, samples.source), samples, batches).train()
+        Loop(run, PretrainingTask(run, config, method, mask, samples.source), samples, batches).train()
 
 
 class PretrainingTask(Task):
@@ -125,22 +125,26 @@ class PretrainingTask(Task):
         self,
         run: Run,
         config: TrainConfig,
-        mask_config: MaskConfig,
         method: PretrainingMethod,
         mask: EvolvedMask,
         source: Source,
     ) -> None:
         super().__init__(run)
-        self.config, self.mask_config, self.method, self.mask = config, mask_config, method, mask
+        self.config, self.method, self.mask = config, method, mask
         self.model, self.facts = method.model.to(run.device), method.facts
         self.last_loss, self.began = math.nan, False
         self.skipped = torch.zeros((), dtype=torch.int64, device=run.device)  # images whose mask needed no attention
         if run.resumed_from is None and config.init_from:
             run.log.say(load_weights(self.model, Path(config.init_from), method.may_miss))
-        if mask_config.attention_from == "ema" and mask_config.uses_attention:
-            self.ema = EncoderEMA(self.model, mask_config.ema_decay, method.not_in_attention)
+        if mask.config.attention_from == "ema" and mask.config.uses_attention:
+            self.ema = EncoderEMA(self.model, mask.config.ema_decay, method.not_in_attention)
         folder = run.output / "masks"
         self.pictures = MaskPictures(folder, source, method.picture_transform, denormalise, mask, config.picture_images)
+
+    @property
+    def mask_config(self) -> MaskConfig:
+        """Options of the mask: those of the flags, or of an older run that is continued."""
+        return self.mask.config
 
     # --- start ---
 
@@ -154,7 +158,12 @@ class PretrainingTask(Task):
         return {"mask": self.mask.state_dict(), "mask_config": asdict(self.mask_config), "last_loss": self.last_loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        before = asdict(self.mask_config)
         self.mask.load_state_dict(state["mask"])
+        kept = {name: value for name, value in asdict(self.mask_config).items() if value != before[name]}
+        if kept:
+            words = " ".join(f"--{name} {value}" for name, value in kept.items())
+            self.run.log.say(f"this run began when other defaults held, and goes on with them: {words}")
         self.last_loss = state.get("last_loss", math.nan)  # older checkpoints do not say it
 
     def record(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from common.evolved_mask import (
     patch_graph,
     select_masked,
 )
-from common.mask_config import WORDS
+from common.mask_config import FORMER_DEFAULTS, WORDS
 from common.masks import RULES
 from common.parts import start_draws
 
@@ -220,7 +220,7 @@ def digest(*tensors: Tensor) -> str:
 
 def golden(recipe, strategy, ids):
     """Masks, parts and generator of three epochs, from exact arithmetic: attention of few bits, parts far apart."""
-    options = FIRST_CUT if recipe == "paper" else {}
+    options = FORMER_DEFAULTS if recipe == "paper" else {}
     config = MaskConfig.from_recipe(recipe, mask=strategy, num_parts=4, schedule_epochs=10, **options)
     maker, tensors = EvolvedMask(GRID, MASKED, EPOCHS, config, seed=SEED, num_prefix_tokens=0), []
     planted = torch.arange(48) % 4
@@ -231,9 +231,6 @@ def golden(recipe, strategy, ids):
         tensors += [made.mask, made.parts, made.skipped]
     return digest(*tensors, maker.generator.get_state())
 
-
-FIRST_CUT = {"start": "kmeans++", "start_refine": 0, "iterations": 15, "covariance_floor": 0.1}
-"""What the recipe `paper` cut with in version 0.1.0."""
 
 GOLDEN = {
     ("paper", "evolved", True): "edcd88782ed8eaa5",

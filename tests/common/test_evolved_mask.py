@@ -27,6 +27,7 @@ from common.evolved_mask import (
     part_probability,
     select_masked,
 )
+from common.mask_config import FORMER_DEFAULTS
 from common.masks import BLOCK_ATTEMPTS, BLOCK_DRAWS, block_masks, check_mask, grid_classes
 
 pytestmark = pytest.mark.filterwarnings("ignore:set_epoch was never called")  # most tests here look at one epoch
@@ -738,11 +739,31 @@ def test_what_an_encoder_can_mask_is_not_refused(options, even_counts):
 
 def test_a_state_from_before_an_option_goes_on():
     """An option added since counts as its value of before; with another value it is named."""
-    state = EvolvedMask((6, 6), 20, 10, num_parts=5, start_refine=0).state_dict()
-    del state["config"]["start_refine"]
-    EvolvedMask((6, 6), 20, 10, num_parts=5, start_refine=0).load_state_dict(state)
-    with pytest.raises(ValueError, match="start_refine 0 -> 3"):
-        EvolvedMask((6, 6), 20, 10, num_parts=5).load_state_dict(state)
+    state = EvolvedMask((6, 6), 20, 10, num_parts=5).state_dict()
+    del state["config"]["smooth"]
+    EvolvedMask((6, 6), 20, 10, num_parts=5).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"smooth 0.0 -> 0.5"):
+        EvolvedMask((6, 6), 20, 10, num_parts=5, smooth=0.5).load_state_dict(state)
+
+
+def test_a_run_keeps_the_defaults_under_which_it_began(random_attention):
+    """Masks of a state of version 0.1.0 go on as they were, though defaults have changed; what is said otherwise is refused."""
+    attention, images, ids = random_attention(0, 4, 37), torch.arange(4), torch.arange(4)
+    began = EvolvedMask((6, 6), 20, 10, num_parts=5, alpha=1.0, **FORMER_DEFAULTS)
+    state = began.state_dict()
+    for added in ("start_candidates", "start_refine", "smooth", "graph"):
+        del state["config"][added]
+    today = EvolvedMask((6, 6), 20, 10, num_parts=5, alpha=1.0)
+    changed = [not torch.equal(*(maker(images, Encoder(attention), ids).parts for maker in (began, today)))]
+    today.load_state_dict(state)
+    assert changed == [True]
+    assert today.config == began.config
+    assert torch.equal(*(maker(images, Encoder(attention), ids).parts for maker in (began, today)))
+    with pytest.raises(ValueError, match="iterations 15 -> 3"):
+        EvolvedMask((6, 6), 20, 10, num_parts=5, alpha=1.0, iterations=3).load_state_dict(state)
+    late = EvolvedMask((6, 6), 20, 10, num_parts=5, alpha=1.0).state_dict()
+    with pytest.raises(ValueError, match=r"start 'greedy' -> 'kmeans\+\+'"):
+        EvolvedMask((6, 6), 20, 10, num_parts=5, alpha=1.0, start="kmeans++").load_state_dict(late)
 
 
 # --- What callers get wrong --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.evolved_mask import EvolvedMask, MaskConfig
+from common.mask_config import ADDED, FORMER_DEFAULTS
 from common.training.checkpoint import LAST
 from common.training.data import Batch
 from common.training.engine import reconstruction_loss
@@ -64,6 +65,28 @@ def test_four_epochs_equal_two_and_a_resume(train: Train, monkeypatch: pytest.Mo
     assert_same(trained_state(whole), trained_state(parts))
     assert read_log(whole) == read_log(parts)
     assert len(read_log(parts)) == 4
+
+
+def test_a_run_that_began_under_other_defaults_goes_on_with_them(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Started by version 0.1.0, continued by the same command today: the masks of then, said in the log, to the bit."""
+    then = " ".join(f"--{name} {value}" for name, value in FORMER_DEFAULTS.items())
+    whole = train("whole", then)
+    with monkeypatch.context() as patch:
+        stop_at_epoch(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts", then)
+    written = torch.load(whole.parent / "parts" / LAST, weights_only=True)
+    for options in (written["mask_config"], written["mask"]["config"]):
+        for added in ADDED:
+            del options[added]
+    torch.save(written, whole.parent / "parts" / LAST)
+    parts = train("parts", "")
+    assert_same(trained_state(whole), trained_state(parts))
+    assert read_log(whole) == read_log(parts)
+    said = capsys.readouterr().out.split("goes on with them: ")[1].split("\n")[0]
+    assert sorted(said.split()) == sorted(then.split())
 
 
 def test_resume_in_the_middle_of_an_epoch(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
