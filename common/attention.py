@@ -7,7 +7,7 @@ T = P + N tokens   D features of a graph row (N, or h*N with heads side by side)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Literal
 
@@ -73,6 +73,7 @@ class AttentionTap:
             raise ValueError(f"values must be 'softmax' or 'scores', not {values!r}")
         encoder = list(blocks)
         self.values = values
+        self.ends_the_pass = False  # see stream_attention
         self.blocks: list[nn.Module] = []
         self._indices: list[int] = []  # of the chosen blocks in the encoder
         for index in choose_layers(layers, len(encoder)):
@@ -162,6 +163,8 @@ class AttentionTap:
     def _add(self, place: int, attention: Tensor) -> None:
         self._maps.append(attention)
         self._reads[place] += 1
+        if self.ends_the_pass:
+            raise _PassEnded
 
     def _name(self, place: int) -> str:
         return f"block {self._indices[place]} ({type(self.blocks[place]).__name__})"
@@ -188,7 +191,7 @@ def stream_attention(
 ) -> Iterator[Tensor]:
     """Runs an encoder block by block and yields the attention of each chosen block before the next one runs.
 
-    Nothing after the last chosen block is computed, nor is that block's own MLP.
+    Nothing is computed after the map of the last chosen block: not what its attention makes of the values, nor its MLP.
 
     Args:
         blocks: pre-norm blocks with `norm1` and `attn`, called as `block(tokens, **block_inputs)`.
@@ -208,11 +211,17 @@ def stream_attention(
             tokens = block(tokens, **block_inputs)
             continue
         with AttentionTap(encoder, [index], values) as tap:
-            if index == chosen[-1]:
-                block.attn(block.norm1(tokens), **block_inputs)  # type: ignore[operator]
-            else:
+            if index < chosen[-1]:
                 tokens = block(tokens, **block_inputs)
+            else:
+                tap.ends_the_pass = True
+                with suppress(_PassEnded):
+                    block.attn(block.norm1(tokens), **block_inputs)  # type: ignore[operator]
         yield tap.maps.pop()
+
+
+class _PassEnded(Exception):
+    """Leaves a block once its map is read: nothing after that is computed."""
 
 
 @contextmanager
@@ -262,14 +271,16 @@ def patch_graph(
     """
     total, blocks = None, 0
     for block_map in [attention] if isinstance(attention, Tensor) else attention:
-        edges = _patch_edges(block_map, num_prefix_tokens)
+        patches = _patch_attention(block_map, num_prefix_tokens)
         if heads == "select":
-            edges = take_heads(edges, best_heads(head_scores(cosine_similarity(_directed(edges, direction)))))
-        if heads != "concat":
-            edges = edges.sum(dim=1, keepdim=True) if reduction == "sum" else edges.mean(dim=1, keepdim=True)
+            edges = _positive(patches)
+            patches = take_heads(edges, best_heads(head_scores(cosine_similarity(_directed(edges, direction)))))
+        edges = _positive(patches) if heads == "concat" else _sum_of_heads(patches)
+        if heads != "concat" and reduction == "mean":
+            edges.div_(patches.shape[1])
         total = edges if total is None else total.add_(edges)
         blocks += 1
-        del block_map, edges  # the next block runs before these names are bound again
+        del block_map, patches, edges  # the next block runs before these names are bound again
     if total is None:
         raise ValueError("attention_fn gave no attention map: nothing to build the patch graph from")
     if reduction == "mean":
@@ -278,14 +289,26 @@ def patch_graph(
     return graph.transpose(1, 2).flatten(2)
 
 
-def _patch_edges(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Positive attention among patches: float32 [B, h, N, N]."""
+def _patch_attention(attention: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Attention among patches, a view: [B, h, N, N]."""
     if attention.ndim == 3:
         attention = attention[:, None]
     if attention.ndim != 4 or attention.shape[-1] != attention.shape[-2]:
         raise ValueError(f"attention must be [batch, heads, tokens, tokens], got {list(attention.shape)}")
-    patches = attention[..., num_prefix_tokens:, num_prefix_tokens:]
+    return attention[..., num_prefix_tokens:, num_prefix_tokens:]
+
+
+def _positive(patches: Tensor) -> Tensor:
+    """What is above 0, as a copy: float32 [B, h, N, N]."""
     return patches.float().clamp(min=0)
+
+
+def _sum_of_heads(patches: Tensor) -> Tensor:
+    """The positive parts of all heads added up: float32 [B, 1, N, N]. One head at a time, so that no copy of all is made."""
+    total = _positive(patches[:, :1])
+    for head in range(1, patches.shape[1]):
+        total.add_(patches[:, head : head + 1].clamp(min=0))
+    return total
 
 
 def _directed(edges: Tensor, direction: Direction) -> Tensor:

@@ -355,6 +355,17 @@ def test_stream_runs_no_more_than_needed():
     assert [block.calls for block in blocks] == [1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("values", ["softmax", "scores"])
+def test_stream_ends_inside_the_last_block(values):
+    """Once the map is read: of the last chosen block neither the output layer of the attention nor the MLP runs."""
+    blocks, ran = make_blocks(), []
+    for index, block in enumerate(blocks):
+        for name, module in (("qkv", block.attn.qkv), ("proj", block.attn.proj), ("mlp", block.mlp)):
+            module.register_forward_hook(lambda *_, what=f"{name} {index}": ran.append(what))
+    assert len(list(stream_attention(blocks, make_tokens(), [0, 1], values))) == 2
+    assert ran == ["qkv 0", "proj 0", "mlp 0", "qkv 1"]
+
+
 def test_stream_that_is_dropped_leaves_no_hook():
     """A consumer may stop early."""
     blocks = make_blocks()
