@@ -360,34 +360,39 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs the benchmark, prints it and returns its numbers."""
+    """Runs the benchmark, prints it and returns its numbers. What is written grows case by case: a run cut short leaves some."""
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     clones = find_clones(args.official)
     if "tiny" in args.models and clones:
         raise BadInput("--models tiny: the official repositories have no such model")
-    load, cases = os.getloadavg()[0], []
+    record = start_record(args, sys.argv[1:] if argv is None else argv)
     for size in args.models:
         for method in args.only:
             numbers = measure(Workload(method, size, clones.get(method), args))
-            cases.append({**numbers, "summary": asdict(summarise(numbers))})
-            print(cost_page.line(cases[-1]), file=sys.stderr)
+            record["cases"].append({**numbers, "summary": asdict(summarise(numbers))})
+            record["machine"]["load_at_end"] = os.getloadavg()[0]
+            print(cost_page.line(record["cases"][-1]), file=sys.stderr)
+            write_json(args.json, record)
+            if args.write is not None:
+                cost_page.write(args.write, record)
+    print(cost_page.render(record))
+    return record
+
+
+def start_record(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """What the numbers are of, without any."""
     device = torch.device(args.device)
-    record = {
-        "command": f"python -m {PROGRAM} {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
-        "machine": {**machine(device), "load_at_start": load, "load_at_end": os.getloadavg()[0]},
+    return {
+        "command": f"python -m {PROGRAM} {' '.join(argv)}".strip(),
+        "machine": {**machine(device), "load_at_start": os.getloadavg()[0]},
         "schedule": {"epochs": args.epochs, "gamma": args.gamma, "stages": args.stages},
         "precision": "bf16 autocast" if args.amp == "bf16" else "fp32",
         "memory_is": memory_method(device),
         "clock": args.clock,
-        "cases": cases,
-    }  # fmt: skip
-    print(cost_page.render(record))
-    write_json(args.json, record)
-    if args.write is not None:
-        cost_page.write(args.write, record)
-    return record
+        "cases": [],
+    }
 
 
 if __name__ == "__main__":
