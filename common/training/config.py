@@ -44,8 +44,8 @@ class Length(NamedTuple):
 class FormerFlag(NamedTuple):
     """A flag that a command showed without using it, or that its sisters have and it cannot have.
 
-    Checkpoints of such a time hold it, and go on whatever it says, for it had no effect. A recipe or command line may still say the
-    value at which nobody could think that it had one.
+    Checkpoints of such a time hold it, and go on whatever it says, for it had no effect. A recipe or command line may still say
+    the value at which nobody could think that it had one.
 
     Attributes:
         neutral: that value, the flag's default of that time.
