@@ -11,8 +11,8 @@ information, the mean over images, of two part maps:
     crop     the map of the whole image of a epochs ago, carried to a random crop, and the crop cut with the weights of now
 
 each divided by that of two cuts of the same image with the same weights that differ in the start of the EM alone. Age a = 0 in
-"crop" is what the way over the whole image costs by itself. With R, ages 0 .. R-1 are equally frequent. Ages are in epochs of this
-run; a longer run changes less in an epoch.
+"crop" is what the way over the whole image costs by itself. With R, ages 0 .. R-1 are equally frequent. Ages are in epochs of
+this run; a longer run changes less in an epoch.
 
 I images   N patches   K parts   e epochs trained   a age of a part map in epochs
 """
@@ -54,14 +54,14 @@ from mae_evolved import main_pretrain
 from simmim_evolved import main_simmim
 
 PROGRAM = "benchmarks.kept_parts"
-DEPTH = 6
-SIZE = 96
+DEPTH = 4
+SIZE = 64
 EVERY = (0, 1, 4, 8)
 GOOD = 0.8
 """Share of the agreement of two fresh draws above which parts are said to agree."""
 
 _FLAGS = (
-    f"--input_size {SIZE} --batch_size 32 --warmup_epochs 2 --lr 1e-3 --crop_scale 0.2 1.0 --parts_start 30 --parts_end 8 "
+    f"--input_size {SIZE} --batch_size 32 --warmup_epochs 2 --lr 1e-3 --crop_scale 0.2 1.0 --parts_start 13 --parts_end 3 "
     "--num_workers 0 --picture_epochs 0 --device cpu --resume none --save_freq 1"
 )
 
@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenes", type=Path, metavar="SCENES", help="folder that `python -m scenes` wrote")
     parser.add_argument("--method", choices=sorted(METHODS), default="mae", help="[%(default)s]")
-    parser.add_argument("--epochs", type=int, default=24, help="length of the runs [%(default)s]")
+    parser.add_argument("--epochs", type=int, default=16, help="length of the runs [%(default)s]")
     parser.add_argument("--count", type=int, default=48, help="training images whose parts are compared [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
