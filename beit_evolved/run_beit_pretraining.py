@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resized_crop, to_tensor
+from torchvision.transforms.functional import hflip, resized_crop, to_tensor
 
 from beit_evolved.model import MODELS
 from beit_evolved.tokenizer import Tokenizer, collapse_warning, fingerprint, load_tokenizer
@@ -22,6 +22,7 @@ from common.training.config import option, with_default
 from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Batch, picture_transform
 from common.training.engine import PretrainingMethod, pretrain
 from common.training.errors import run_cli
+from common.training.geometry import Located, draw_crop, draw_flip, geometry_of
 from common.training.mask_token import MaskTokenConfig
 
 PROGRAM = "run_beit_pretraining"
@@ -30,7 +31,6 @@ DESCRIPTION = (
     "OpenAI's encoder.pkl, or one of beit_evolved.train_tokenizer. "
     "Defaults are the paper's Table 4 recipe for ViT-S, 200 epochs; its effective batch is 2048."
 )
-_CROP_RATIO = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,22 @@ class TwoViews:
 
     def __init__(self, config: BEiTConfig, second_size: tuple[int, int]) -> None:
         jitter = config.color_jitter
-        before: list[Callable[[Image.Image], Image.Image]] = [transforms.ColorJitter(jitter, jitter, jitter)]
-        if config.flip:
-            before.append(transforms.RandomHorizontalFlip())
-        self.before, self.scale = transforms.Compose(before), config.crop_scale
+        self.jitter, self.flip, self.scale = transforms.ColorJitter(jitter, jitter, jitter), config.flip, config.crop_scale
+        self.located = config.keeps_parts
         self.first_size, self.second_size = config.image_size, second_size
         self.interpolation = InterpolationMode(config.interpolation)
         self.normalise = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
 
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """Views [3, H*p, W*p] and [3, H*stride, W*stride]."""
-        image = self.before(image)
-        box = transforms.RandomResizedCrop.get_params(image, list(self.scale), list(_CROP_RATIO))
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor] | Located:
+        """Views [3, H*p, W*p] and [3, H*stride, W*stride]; with their place where parts are kept."""
+        image = self.jitter(image)
+        flipped = draw_flip(self.flip)
+        image = hflip(image) if flipped else image
+        box = draw_crop(image, self.scale)
         first = resized_crop(image, *box, list(self.first_size), self.interpolation)
         second = resized_crop(image, *box, list(self.second_size), InterpolationMode.LANCZOS)
-        return self.normalise(to_tensor(first)), to_tensor(second)
+        views = self.normalise(to_tensor(first)), to_tensor(second)
+        return Located(views, geometry_of(box, image, flipped, flipped_first=True)) if self.located else views
 
 
 class TokenLoss:
@@ -116,15 +117,17 @@ def build(config: BEiTConfig) -> PretrainingMethod:
     """BEiT as the training loop takes it. The head has as many outputs as the tokenizer has codes."""
     tokenizer = load_tokenizer(config.tokenizer)
     height, width = config.grid_size
+    model = MODELS[config.model](vocabulary=tokenizer.vocabulary, **config.encoder)
     return PretrainingMethod(
         name="BEiT",
-        model=MODELS[config.model](vocabulary=tokenizer.vocabulary, **config.encoder),
+        model=model,
         loss=TokenLoss(tokenizer),
         transform=TwoViews(config, (height * tokenizer.stride, width * tokenizer.stride)),
         picture_transform=picture_transform(config),
         not_in_attention=("lm_head",),
         may_miss=("lm_head.",),
         notes=(collapse_warning(tokenizer.usage, tokenizer.vocabulary),),
+        blocks=model.blocks,
         facts={"tokenizer_sha256": fingerprint(config.tokenizer), "vocabulary": tokenizer.vocabulary},
     )
 

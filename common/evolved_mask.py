@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .attention import AttentionTap, attention_mode, choose_layers, patch_graph, stream_attention
 from .cited_masks import Counts, received_attention, semantic_probability
-from .draws import Draws, Stream, batch_draws, uniform_numbers
+from .draws import Draws, SampleDraws, Stream, batch_draws, uniform_numbers
 from .mask_config import MaskConfig
 from .masks import RULES, MaskShape, count_masked, decided_by_grid, grid_classes, mask_first
 from .parts import PartsFit, PartsOptions, check_graph, fit_parts, partition_parts, start_draws
@@ -274,12 +274,22 @@ class EvolvedMask:
     @property
     def num_parts(self) -> int:
         """Number of parts K at this epoch, before any jitter."""
+        return self.num_parts_in(self.epoch)
+
+    def num_parts_in(self, epoch: int) -> int:
+        """Number of parts K at any epoch, before any jitter."""
         schedule = self.config.schedule_epochs or self.total_epochs
-        return num_parts_at(min(self.epoch, schedule), schedule, *self.config.parts_range, self.config.parts_rounding)
+        return num_parts_at(min(epoch, schedule), schedule, *self.config.parts_range, self.config.parts_rounding)
 
     @torch.no_grad()
     def __call__(
-        self, inputs: Tensor, attention_fn: AttentionFn | None = None, sample_ids: Tensor | Sequence[int] | None = None
+        self,
+        inputs: Tensor,
+        attention_fn: AttentionFn | None = None,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        *,
+        parts: Tensor | None = None,
+        num_parts: int | None = None,
     ) -> MaskBatch:
         """Masks for a batch.
 
@@ -291,11 +301,20 @@ class EvolvedMask:
             sample_ids: int64 [B], index of each image in the data set, as a tensor, an array or a list. With it every draw
                 of an image depends on (seed, epoch, sample id) alone; without it draws come from this object's generator.
                 Under `remove_position` the parts of an image depend on the other rows handed to `attention_fn` all the same.
+            parts: int64 [B, N], made before (:meth:`cut`), in the place of those that attention would make; a row of -1 stands
+                for an image without parts, all of whose patches then have the same number of Eq. 6.
+            num_parts: with `parts`: how many numbers Eq. 6 draws, more than the largest of them; default: K of the epoch.
+
+        Raises:
+            ValueError: no `attention_fn` where there must be one, `parts` for a strategy without, or a signal or parts that do
+                not fit the grid.
 
         Warns:
             UserWarning: once, if :meth:`set_epoch` was never called, for a mask that evolves.
         """
         self._warn_of_standing_still()
+        if parts is not None:
+            self._check_given(parts, len(inputs))
         alpha, draws = self.alpha, batch_draws(inputs, self.seed, self.epoch, sample_ids, self.generator)
         counts = self._counts(draws)
         grid_draw = draws.draw(Stream.GRID, 4, self.config.grid_draw)
@@ -308,28 +327,56 @@ class EvolvedMask:
                 mask = select_masked(blend(p_grid, p_other, alpha), counts, uniforms=tie_order)
             skipped = mask.new_full((len(inputs),), not self.rule.uses_attention)
             return MaskBatch(mask, torch.full_like(mask, -1, dtype=torch.int64), alpha, self.num_parts, skipped)
-        num_parts = self._jittered_parts(draws)
+        num_parts = self._jittered_parts(draws) if parts is None else num_parts or self.num_parts
         part_draw = draws.uniform(Stream.PARTS, num_parts)
-        start_count = start_draws(num_parts, self.num_patches, self.parts_options)
-        start_draw = draws.draw(Stream.START, start_count, self.config.start_draw)
         skipped = self.decided_by_grid(grid_draw, part_draw, counts)
-        parts = self._parts(inputs, attention_fn, ~skipped, num_parts, start_draw)
+        if parts is None:
+            parts = self._parts(inputs, attention_fn, ~skipped, num_parts, draws)
         p_part = part_probability(parts.clamp(min=0), num_parts, uniforms=part_draw)  # -1: the grid decides whatever it is
         probability = blend(p_grid, p_part, alpha)
         if self.rule.shares_of_parts:
-            probability = self._shares_of_parts(draws, parts, part_draw, counts)
+            probability = self._shares_of_parts(draws, parts.clamp(min=0), part_draw, counts)
         elif self.config.masked_end == "lowest":
             probability = -probability
         return MaskBatch(select_masked(probability, counts, uniforms=tie_order), parts, alpha, num_parts, skipped)
 
+    def cut(
+        self, inputs: Tensor, attention_fn: AttentionFn, sample_ids: Tensor | None = None, num_parts: int | None = None
+    ) -> Tensor:
+        """Parts of every image, for callers that keep them: int64 [B, N] in 0..num_parts-1.
+
+        Args:
+            inputs, attention_fn, sample_ids: as in a call.
+            num_parts: K; default: that of the epoch.
+        """
+        everyone = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+        draws = batch_draws(inputs, self.seed, self.epoch, sample_ids, self.generator)
+        return self._parts(inputs, attention_fn, everyone, num_parts or self.num_parts, draws)
+
+    def spared(self, sample_ids: Tensor, num_parts: int | None = None) -> Tensor:
+        """Images whose mask the grid alone decides at this epoch, from their draws, whatever `shortcut` says: bool [B].
+
+        Args:
+            sample_ids: int64 [B], all of a batch, in its order.
+            num_parts: how many numbers Eq. 6 draws; default: K of the epoch.
+        """
+        draws = SampleDraws(self.seed, self.epoch, sample_ids)
+        grid_draw = draws.draw(Stream.GRID, 4, self.config.grid_draw)
+        part_draw = draws.uniform(Stream.PARTS, num_parts or self.num_parts)
+        return self._decided_by_grid(grid_draw, part_draw, self._counts(draws))
+
     def decided_by_grid(self, grid_draw: Tensor, part_draw: Tensor, counts: Counts | None = None) -> Tensor:
         """Images that need no attention pass, by their draws [B, 4] and [B, K]: bool [B]. See masks.decided_by_grid."""
-        if not self.config.shortcut or self.rule.shares_of_parts:
+        if not self.config.shortcut:
+            return torch.zeros(len(grid_draw), dtype=torch.bool, device=grid_draw.device)
+        return self._decided_by_grid(grid_draw, part_draw, self.num_masked if counts is None else counts)
+
+    def _decided_by_grid(self, grid_draw: Tensor, part_draw: Tensor, counts: Counts) -> Tensor:
+        if self.rule.shares_of_parts:
             return torch.zeros(len(grid_draw), dtype=torch.bool, device=grid_draw.device)
         class_sizes = torch.bincount(grid_classes(self.height, self.width), minlength=4).to(grid_draw.device)
         lowest_first = self.config.masked_end == "lowest"
-        wanted = self.num_masked if counts is None else counts
-        return decided_by_grid(grid_draw, part_draw, class_sizes, wanted, self.alpha, lowest_first)
+        return decided_by_grid(grid_draw, part_draw, class_sizes, counts, self.alpha, lowest_first)
 
     def _counts(self, draws: Draws) -> Counts:
         """Masked patches: m, or with a range of ratios int64 [B], each number in it alike."""
@@ -366,10 +413,16 @@ class EvolvedMask:
                 f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
             )
 
-    def _parts(
-        self, inputs: Tensor, attention_fn: AttentionFn | None, needed: Tensor, num_parts: int, start_draw: Tensor
-    ) -> Tensor:
+    def _check_given(self, parts: Tensor, batch: int) -> None:
+        if not self.rule.uses_parts:
+            raise ValueError(f"mask {self.config.mask!r} makes no parts, so none can be given")
+        if parts.shape != (batch, self.num_patches):
+            raise ValueError(f"parts must be [{batch}, {self.num_patches}], got {list(parts.shape)}")
+
+    def _parts(self, inputs: Tensor, attention_fn: AttentionFn | None, needed: Tensor, num_parts: int, draws: Draws) -> Tensor:
         """Parts of the wanted images, -1 for the others: int64 [B, N]."""
+        start_count = start_draws(num_parts, self.num_patches, self.parts_options)
+        start_draw = draws.draw(Stream.START, start_count, self.config.start_draw)
         parts = torch.full((len(inputs), self.num_patches), -1, device=inputs.device)
         rows = needed.nonzero()[:, 0]
         if len(rows) == 0:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from common.training.command_line import parse_arguments
-from common.training.config import TrainConfig, option
-from common.training.data import picture_transform, training_transform
+from common.training.config import FormerFlag, TrainConfig, option
+from common.training.data import picture_transform
 from common.training.engine import PretrainingMethod, pretrain
 from common.training.engine import reconstruction_loss as _loss
 from common.training.errors import run_cli
+from common.training.geometry import crop_transform
 from mae_evolved.model import ENCODER_FREE_PREFIXES, MODELS
 
 PROGRAM = "main_pretrain"
@@ -26,6 +27,10 @@ class MAEConfig(TrainConfig):
     """Flags of MAE."""
 
     models: ClassVar[Mapping[str, Any]] = MODELS
+    former_flags: ClassVar[dict[str, FormerFlag]] = {
+        "attention_pass": FormerFlag("own", "is for BEiT and SimMIM: MAE's training step does not see masked patches"),
+    }
+
     model: str = option("mae_vit_small_patch16", f"one of {', '.join(MODELS)}", group="model")
     norm_pix_loss: bool = option(True, "predict pixels normalised within their patch", group="model")
     decode_share: float = option(
@@ -46,7 +51,7 @@ def build(config: MAEConfig) -> PretrainingMethod:
         name="MAE",
         model=MODELS[config.model](input_size=config.image_size, norm_pix_loss=config.norm_pix_loss),
         loss=_loss,
-        transform=training_transform(config),
+        transform=crop_transform(config),
         picture_transform=picture_transform(config),
         not_in_attention=("decoder_embed", "decoder_blocks", "decoder_norm", "decoder_pred"),
         may_miss=ENCODER_FREE_PREFIXES,

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from common.mask_config import Strategy
 from common.training.command_line import parse_arguments
 from common.training.config import Interpolation, LrSchedule, option, with_default
-from common.training.data import picture_transform, training_transform
+from common.training.data import picture_transform
 from common.training.engine import PretrainingMethod, pretrain, reconstruction_loss
 from common.training.errors import run_cli
+from common.training.geometry import crop_transform
 from common.training.mask_token import MaskTokenConfig
 from simmim_evolved.model import MODELS
 
@@ -45,14 +46,16 @@ class SimMIMConfig(MaskTokenConfig):
 
 def build(config: SimMIMConfig) -> PretrainingMethod:
     """SimMIM as the training loop takes it."""
+    model = MODELS[config.model](**config.encoder)
     return PretrainingMethod(
         name="SimMIM",
-        model=MODELS[config.model](**config.encoder),
+        model=model,
         loss=reconstruction_loss,
-        transform=training_transform(config),
+        transform=crop_transform(config),
         picture_transform=picture_transform(config),
         not_in_attention=("decoder",),
         may_miss=("decoder.",),
+        blocks=model.encoder.blocks,
     )
 
 

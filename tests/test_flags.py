@@ -194,7 +194,7 @@ FORMER = [(name, flag) for name, command in COMMANDS.items() for flag in command
 
 
 def test_there_are_former_flags() -> None:
-    assert {name for name, _ in FORMER} == {"segment", "detect", "linear_probe"}
+    assert {name for name, _ in FORMER} == {"segment", "detect", "linear_probe", "mae"}
     for name, flag in FORMER:
         assert flag not in {own.name for own in fields(COMMANDS[name].config)}
 

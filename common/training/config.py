@@ -42,10 +42,10 @@ class Length(NamedTuple):
 
 
 class FormerFlag(NamedTuple):
-    """A flag that a command showed without using it.
+    """A flag that a command showed without using it, or that its sisters have and it cannot have.
 
-    Checkpoints of that time hold it, and go on whatever it says, for it had no effect. A recipe or command line may still say the
-    value at which nobody could think that it had one.
+    Checkpoints of such a time hold it, and go on whatever it says, for it had no effect. A recipe or command line may still say
+    the value at which nobody could think that it had one.
 
     Attributes:
         neutral: that value, the flag's default of that time.
@@ -313,6 +313,14 @@ class TrainConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
     model: str = option("", "name of the model", group="model")
     mask_ratio: float = option(0.75, "share of patches that are masked, floor(N * ratio) of N", group="model")
 
+    # mask
+    parts_every: int = option(
+        0,
+        "keep the parts of every training image, cut on the whole image, and make them anew every so many epochs; crops take "
+        "theirs from them (docs/method.md). 0: parts are made for every view anew",
+        group="kept parts",
+    )
+
     # run
     init_from: str = option("", "start from the weights of this checkpoint (ours or official) at epoch 0", group="run")
     picture_epochs: int = option(5, "how many times over the run parts and masks are drawn; 0: never", group="run")
@@ -320,7 +328,7 @@ class TrainConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(0, "picture_epochs", "picture_images")
+        self._at_least(0, "picture_epochs", "picture_images", "parts_every")
         self._require("mask_ratio", 0 < self.mask_ratio < 1, "must be inside (0, 1)")
         if self.models:
             self._require("model", self.model in self.models, f"must be one of {', '.join(self.models)}")
@@ -333,6 +341,16 @@ class TrainConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
         """(H, W) of the patch grid."""
         patch = patch_size_of(self.model)
         return self.image_size[0] // patch, self.image_size[1] // patch
+
+    @property
+    def reads_step(self) -> bool:
+        """Whether parts are made from the attention of the training step (BEiT and SimMIM)."""
+        return False
+
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether parts are kept from visit to visit of an image."""
+        return self.parts_every > 0 or self.reads_step
 
     @property
     def depth(self) -> int:

@@ -49,6 +49,14 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_tensor(self, value: Tensor) -> list[Tensor]:
+        """A tensor of every rank, of one shape and type, on the device of the run, in the order of the ranks."""
+        if self.world == 1:
+            return [value]
+        values = [torch.empty_like(value) for _ in range(self.world)]
+        dist.all_gather(values, value)
+        return values
+
     def share(self, values: Iterable[Tensor]) -> None:
         """Puts the main rank's values into those of all ranks."""
         if self.world > 1:

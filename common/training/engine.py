@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from common.attention import Layers, Values, attention_mode
+from common.attention import AttentionTap, Layers, Values, attention_mode
 from common.draws import SampleDraws, Stream
 from common.evolved_mask import AttentionFn, EvolvedMask, MaskBatch
 from common.mask_config import MaskConfig
@@ -27,6 +27,9 @@ from common.signals import Graph
 from common.training.checkpoint import check_same_run, load_weights
 from common.training.config import TrainConfig
 from common.training.data import Batch, RankBatches, Samples, Transform, denormalise
+from common.training.distributed import Processes
+from common.training.geometry import LocatedBatch, LocatedSamples, MarkedBatches, WholeImage, collate_located
+from common.training.kept_parts import KeptParts, StepParts, keep_parts, step_layers
 from common.training.loop import Loop
 from common.training.mask import describe_end, make_mask
 from common.training.optim import EncoderEMA, make_optimizer
@@ -66,6 +69,7 @@ class PretrainingMethod:
             and a resumed run must have the same.
         notes: lines for the user that the start of a run says.
         decode_share: share of the masked patches of an image that are predicted, drawn anew in each epoch.
+        blocks: of the encoder, where it sees every position in training: their attention can make parts; else None.
     """
 
     name: str
@@ -78,6 +82,7 @@ class PretrainingMethod:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     decode_share: float = 1.0
+    blocks: nn.ModuleList | None = None
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch, mask: Tensor, decoded: Tensor | None = None) -> Tensor:
@@ -104,11 +109,27 @@ def pretrain(config: TrainConfig, mask_config: MaskConfig, build: Callable[[], P
     source = open_source(config)
     with open_run(config) as run:
         run.log.say(source.summary)
-        batches = RankBatches(len(source) * config.repeat, config, run.processes)
+        kept = keep_parts(config, mask, source)
+        batches = make_batches(len(source) * config.repeat, config, run.processes, kept)
         torch.manual_seed(config.seed)  # the same weights on every rank
         method = build()
-        samples = Samples(source, method.transform, config.seed, config.repeat)
-        Loop(run, PretrainingTask(run, config, method, mask, samples.source), samples, batches).train()
+        samples = make_samples(source, method.transform, config, kept)
+        Loop(run, PretrainingTask(run, config, method, mask, samples.source, kept), samples, batches).train()
+
+
+def make_batches(length: int, config: TrainConfig, processes: Processes, kept: KeptParts | None) -> RankBatches:
+    """Batches of a rank; where parts are kept, with the whole images that those need."""
+    if kept is None:
+        return RankBatches(length, config, processes)
+    return MarkedBatches(length, config, processes, kept.wanted)
+
+
+def make_samples(source: Source, transform: Transform, config: TrainConfig, kept: KeptParts | None) -> Samples:
+    """Samples; where parts are kept, with the place of each view in its image."""
+    if kept is None:
+        return Samples(source, transform, config.seed, config.repeat)
+    whole = None if kept.reads_step else WholeImage(config)
+    return LocatedSamples(source, transform, config.seed, config.repeat, whole)
 
 
 class PretrainingTask(Task):
@@ -117,6 +138,7 @@ class PretrainingTask(Task):
     Args:
         method: its model starts from --init_from where that is given and the run is a new one.
         source: images for the pictures.
+        kept: parts that are kept from visit to visit; None: they are made anew for every view.
     """
 
     kind = "pre-training"
@@ -128,9 +150,12 @@ class PretrainingTask(Task):
         method: PretrainingMethod,
         mask: EvolvedMask,
         source: Source,
+        kept: KeptParts | None = None,
     ) -> None:
         super().__init__(run)
-        self.config, self.method, self.mask = config, method, mask
+        self.config, self.method, self.mask, self.kept = config, method, mask, kept
+        if kept is not None:
+            self.collate = collate_located
         self.model, self.facts = method.model.to(run.device), method.facts
         self.last_loss, self.began = math.nan, False
         self.skipped = torch.zeros((), dtype=torch.int64, device=run.device)  # images whose mask needed no attention
@@ -155,7 +180,8 @@ class PretrainingTask(Task):
         check_same_run(state, path, self.config, self.mask_config, effective_batch, samples)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mask": self.mask.state_dict(), "mask_config": asdict(self.mask_config), "last_loss": self.last_loss}
+        kept = {} if self.kept is None else {"kept_parts": self.kept.store.state_dict()}
+        return {"mask": self.mask.state_dict(), "mask_config": asdict(self.mask_config), "last_loss": self.last_loss, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         before = asdict(self.mask_config)
@@ -165,6 +191,8 @@ class PretrainingTask(Task):
             words = " ".join(f"--{name} {value}" for name, value in kept.items())
             self.run.log.say(f"this run began when other defaults held, and goes on with them: {words}")
         self.last_loss = state.get("last_loss", math.nan)  # older checkpoints do not say it
+        if self.kept is not None:
+            self.kept.store.load_state_dict(state["kept_parts"])
 
     def record(self) -> dict[str, Any]:
         return {"method": self.method.name, "mask": self.mask_config}
@@ -178,6 +206,7 @@ class PretrainingTask(Task):
     def notes(self) -> list[str]:
         patches = self.mask.height * self.mask.width
         lines = [*self.method.notes, describe_end(self.mask), offer_parts(self.config, self.mask_config, patches)]
+        lines += [] if self.kept is None else [self.kept.describe()]
         return [line for line in lines if line]
 
     # --- updates ---
@@ -191,18 +220,39 @@ class PretrainingTask(Task):
         self.mask.set_epoch(epoch)
 
     def prepare(self, batch: Batch, epoch: float) -> MaskBatch:
-        """The masks of a batch, from one pass of the encoder over the images whose mask needs it."""
+        """The masks of a batch, from one pass of the encoder over the images whose mask needs it, or from kept parts."""
         with self._attention_pass() as attention_fn:
-            masks = self.mask(batch.images, attention_fn, batch.sample_ids)
-        self.skipped += masks.skipped.sum()
-        return masks
+            if self.kept is None:
+                masks = self.mask(batch.images, attention_fn, batch.sample_ids)
+                self.skipped += masks.skipped.sum()
+                return masks
+            assert isinstance(batch, LocatedBatch)
+            parts, passes = self.kept.parts(batch, attention_fn)
+        self.skipped += len(batch.sample_ids) - passes
+        return self.mask(batch.images, sample_ids=batch.sample_ids, parts=parts, num_parts=self.kept.num_draws)
 
     def loss(self, model: nn.Module, batch: Batch, prepared: MaskBatch) -> Tensor:
+        if not isinstance(self.kept, StepParts):
+            return self._loss(model, batch, prepared)
+        assert isinstance(batch, LocatedBatch)
+        assert self.method.blocks is not None
+        blocks = self.method.blocks
+        with AttentionTap(blocks, step_layers(self.mask_config, len(blocks))) as tap:
+            loss = self._loss(model, batch, prepared)
+        self.kept.read(batch, tap.maps)
+        return loss
+
+    def _loss(self, model: nn.Module, batch: Batch, prepared: MaskBatch) -> Tensor:
         if self.method.decode_share == 1:
             return self.method.loss(model, batch, prepared.mask)
         draws = SampleDraws(self.mask.seed, self.mask.epoch, batch.sample_ids).uniform(Stream.DECODED, self.mask.num_patches)
         decoded = share_of_masked(prepared.mask, self.method.decode_share, draws)
         return self.method.loss(model, batch, prepared.mask, decoded)
+
+    def after_update(self) -> None:
+        if self.kept is not None:
+            config = self.config
+            self.kept.store.commit(self.mask.epoch, self.run.processes, config.accum_iter, config.batch_size)
 
     def tallies(self) -> dict[str, Tensor]:
         skipped, self.skipped = self.skipped, torch.zeros_like(self.skipped)

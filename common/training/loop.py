@@ -211,6 +211,7 @@ class Loop:
         numbers = self._agree(seen, float(norm), lr)
         self._stop_if_unusable(epoch, update, seen, numbers)
         self._step(norm)
+        self.task.after_update()
         watch.lap("model")
         watch.settle()
         self._count(epoch, update, seen, numbers)

@@ -8,6 +8,7 @@ from common.evolved_mask import EvolvedMask, check_for_encoder
 from common.mask_config import MaskConfig
 from common.training.config import TrainConfig
 from common.training.errors import BadInput
+from common.training.kept_parts import check_kept_parts
 from common.visualize import describe_schedule
 
 
@@ -17,6 +18,7 @@ def make_mask(config: TrainConfig, mask_config: MaskConfig) -> EvolvedMask:
     Raises:
         BadInput: a strategy, a ratio, blocks or a number of parts that do not fit the model or the grid.
     """
+    check_kept_parts(config, mask_config)
     grid_size = height, width = config.grid_size
     try:
         num_masked = mask_config.count_masked(grid_size, config.mask_ratio)

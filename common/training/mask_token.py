@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from common.training.config import TrainConfig, option, with_default
 
@@ -20,11 +20,22 @@ class MaskTokenConfig(TrainConfig):
         None, "first value of the layer scale, 0: none; default: 0.1, and 1e-5 for beit_large", group="model"
     )
 
+    attention_pass: Literal["own", "training"] = option(
+        "own",
+        "what parts are made from: a pass of their own, or the attention of the training step, which sees every position, "
+        "for the image's next visit (docs/method.md)",
+        group="kept parts",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("drop_path", 0 <= self.drop_path < 1, "must be in [0, 1)")
         scale = self.layer_scale_init_value
         self._require("layer_scale_init_value", scale is None or scale >= 0, "must be 0 or more")
+
+    @property
+    def reads_step(self) -> bool:
+        return self.attention_pass == "training"
 
     @property
     def encoder(self) -> dict[str, object]:

@@ -108,7 +108,8 @@ class Task(ABC):
 
     In the order in which the loop calls them: :meth:`make_optimizer`; on resume :meth:`read_checkpoint`,
     :meth:`check_same_run` and :meth:`load_state_dict`; :meth:`record`, :meth:`title` and :meth:`notes`; for each epoch
-    :meth:`before_epoch`; for each batch :meth:`prepare` and :meth:`loss`; after an update :meth:`tallies` and :meth:`progress`;
+    :meth:`before_epoch`; for each batch :meth:`prepare` and :meth:`loss`; for an update :meth:`tallies`, once it is made
+    :meth:`after_update`, then :meth:`progress`;
     after an epoch :meth:`after_epoch`, then :meth:`state_dict`; at the end :meth:`finish`.
 
     Attributes:
@@ -192,6 +193,9 @@ class Task(ABC):
     def tallies(self) -> dict[str, Tensor]:
         """Name -> this rank's number or counts [n] since the last call, to be summed over ranks and updates of the epoch."""
         return {}
+
+    def after_update(self) -> None:  # noqa: B027 - many tasks keep nothing
+        """Called on every rank once the weights are updated; not for an update that is given up."""
 
     def progress(self) -> str:
         """What the progress bar shows besides loss and speed."""
