@@ -384,8 +384,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def start_record(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """What the numbers are of, without any."""
     device = torch.device(args.device)
+    words = [Path(word).name if Path(word).is_absolute() else word for word in argv]  # where clones lie is nobody's business
     return {
-        "command": f"python -m {PROGRAM} {' '.join(argv)}".strip(),
+        "command": " ".join(["python -m", PROGRAM, *words]),
         "machine": {**machine(device), "load_at_start": os.getloadavg()[0]},
         "schedule": {"epochs": args.epochs, "gamma": args.gamma, "stages": args.stages},
         "precision": "bf16 autocast" if args.amp == "bf16" else "fp32",

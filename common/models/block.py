@@ -64,7 +64,8 @@ class Attention(nn.Module):
 
     Attributes:
         fused_attn: chooses how attention is computed. False: step by step, through `attn_drop`, where a hook sees the
-            attention [B, h, T, T] after the softmax. True: in one kernel, that never holds it; `attn_drop` does not run.
+            attention [B, h, T, T] after the softmax. True: in one kernel, that never holds it; `attn_drop` does not run. On a GPU
+            some of torch's kernels add gradients up in an order that differs from run to run.
             (timm has called it so since 0.9.)
 
     Raises:

@@ -43,6 +43,7 @@ def test_a_case_holds_its_ratios_and_the_page_its_case(record):
     assert cost_page.render(made) in text
     assert f"{case['summary']['added']['median']:.3f}" in text
     assert "official plain step" not in text
+    assert made["command"].endswith("--json step.json --write cost.md")
 
 
 def numbers(official=True):
