@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)# of tests: one more than cores, for those that wait for a Slurm
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
@@ -39,7 +40,7 @@ reproduce-tiny: $(VENV)/.dev  ## Table 4 in the small: 19 runs from pre-training
 	$(RUN) -m paper.reproduce --table 4 --scale tiny --local
 
 test: $(VENV)/.dev  ## all tests, on all cores
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
 
 test-full: $(VENV)/.dev  ## the long form of tests that train for a number (minutes each)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal -m full

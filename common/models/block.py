@@ -265,7 +265,8 @@ class Block(nn.Module):
     def _draw_kept(self, tokens: Tensor) -> Tensor:
         """1 for samples that keep a branch, 0 for the others: [B, 1, 1], drawn in the type of the branch as timm does."""
         device = tokens.device.type
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on the meta device
+        kind = torch.get_autocast_dtype(device) if mixed else tokens.dtype
         if self.gamma_1 is not None:
             kind = torch.promote_types(kind, self.gamma_1.dtype)
         return (torch.rand(len(tokens), 1, 1, dtype=kind, device=tokens.device) + (1 - self.drop_path)).floor()

@@ -451,7 +451,7 @@ def test_method_of_the_run_that_is_resumed(tune: Callable[..., Path]) -> None:
         ("--auto_augment v0", "--auto_augment must be a RandAugment of timm"),
         ("--precision fp16", "--precision fp16 needs a GPU"),
         ("--batch_size 29", "29 images an update, but an epoch has 28"),
-        ("--dataset photos", "--dataset photos has no labels"),
+        ("--dataset photos", "--data_path is not read by --dataset photos: leave one of them out"),
         ("--data_path /absent", "--data_path /absent: no folder /absent/train (expected train/<class>/ and val/<class>/)"),
         ("--resume /absent.pth", "checkpoint /absent.pth: no such file"),
         ("--init_from /absent.pth", "--init_from /absent.pth: no such file"),

@@ -340,7 +340,7 @@ def test_layers(layer: str, expected: tuple[int, ...]) -> None:
         ("--layer all --clip_grad 1", "--clip_grad must be left out for several layers: it would tie their heads together"),
         ("--subset 29", "--subset 29: there are 28 training images"),
         ("--mixup 0.8", "unrecognized arguments: --mixup 0.8"),
-        ("--dataset photos", "--dataset photos has no labels"),
+        ("--dataset photos", "--data_path is not read by --dataset photos: leave one of them out"),
         ("--resume /absent.pth", "checkpoint /absent.pth: no such file"),
     ],
 )

@@ -210,8 +210,8 @@ def test_a_run_says_and_records_what_was_chosen_and_resumes_to_the_bit(
     train(f"{flags}whole".split())
     said = capsys.readouterr().out.splitlines()
     chosen = "--batch_size 4 --accum_iter 1 --repeat 2 --warmup_epochs 0.3 --lr 0.001 --parts_start 3 --parts_end 2"
-    assert said[1] == f"--preset small chose for 16 images: {chosen}"
-    assert "K 3 -> 2; 16 images x 2 crops, 3 epochs of 8 updates of 4 images = 24 updates, lr 0.001, cpu x 1" in said[0]
+    assert f"--preset small chose for 16 images: {chosen}" in said
+    assert "K 3 -> 2; 16 images x 2 crops, 3 epochs of 8 updates of 4 images = 24 updates, lr 0.001, cpu x 1" in "\n".join(said)
     facts = json.loads((tmp_path / "whole" / "run.json").read_text())
     assert facts["preset"]["name"] == "small"
     assert " ".join(f"--{name} {value}" for name, value in facts["preset"]["chose"].items()) == chosen
