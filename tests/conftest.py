@@ -22,15 +22,6 @@ TINY = "--model mae_vit_tiny_patch4 --input_size 16 --batch_size 4 --epochs 4 --
 TINY += "--parts_start 8 --parts_end 3 --picture_epochs 0 --device cpu"
 
 
-LONGEST = ("test_reproduce_jobs", "test_jobs", "test_launch")
-"""Files of minutes, most of it waiting for a Slurm."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files begin first, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Small tensors run fastest, and alike everywhere, on one thread."""
