@@ -85,12 +85,12 @@ def _console(path: Path) -> Iterator[None]:
         yield
 
 
-def prepare(out: Path, scenes: int) -> None:
-    """Scenes, and the tokenizer that BEiT's targets come from."""
+def prepare(out: Path, scenes: int, methods: Sequence[str] = METHODS) -> None:
+    """Scenes, and where BEiT is among the methods the tokenizer that its targets come from."""
     from scenes.make import make_scenes
 
     make_scenes(out / "scenes", train=scenes, val=400, size=SCENE_SIZE)
-    if not (out / "tokenizer" / "result.json").exists():
+    if "beit" in methods and not (out / "tokenizer" / "result.json").exists():
         with _console(out / "tokenizer.txt"):
             flags = f"{_TOKENIZER} --input_size {SCENE_SIZE} --batch_size {BATCH} --num_workers 0 --device cpu"
             train_tokenizer.main(f"{flags} --data_path {out}/scenes/imagenet --output_dir {out}/tokenizer".split())
@@ -104,11 +104,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=6, help="epochs of each run")
     parser.add_argument("--scenes", type=int, default=4000, help="training scenes")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=METHODS, help="only these, so that two processes can share"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=METHODS,
+        help="only these, so that two processes can share; start the second once the scenes are there",
     )
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    prepare(options.out, options.scenes)
+    prepare(options.out, options.scenes, options.methods)
     with shallow_models():
         for seed in range(options.seeds):
             for mask in MASKS:

@@ -397,12 +397,15 @@ class EvolvedMask:
         """The second term of the blend of a strategy that makes no parts: [B, N]."""
         if self.rule.received is None:
             return self.rule.probability(self.shape, draws.uniform(self.rule.stream, self.rule.draws(self.shape)), counts)
-        if attention_fn is None:
-            raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
-        received = received_attention(attention_fn(inputs), self.num_prefix_tokens)
+        received = received_attention(self._signal(inputs, attention_fn), self.num_prefix_tokens)
         self._check_patches(received)
         check_graph(received, name="attention")
         return self.rule.received(received)
+
+    def _signal(self, inputs: Tensor, attention_fn: AttentionFn | None) -> Tensor | Iterable[Tensor]:
+        if attention_fn is None:
+            raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
+        return attention_fn(inputs)
 
     def _check_patches(self, of_patches: Tensor) -> None:
         """Raises ValueError unless [B, N, ...] is of the patches of this grid."""
@@ -427,9 +430,7 @@ class EvolvedMask:
         rows = needed.nonzero()[:, 0]
         if len(rows) == 0:
             return parts
-        if attention_fn is None:
-            raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
-        signal = attention_fn(inputs if len(rows) == len(inputs) else inputs[rows])
+        signal = self._signal(inputs if len(rows) == len(inputs) else inputs[rows], attention_fn)
         graph = signal_graph(signal, self.config.graph, self.num_prefix_tokens, **self.config.graph_options)
         self._check_patches(graph)
         check_graph(graph, rows)  # names images by their place in the batch
@@ -471,9 +472,8 @@ class EvolvedMask:
             ValueError: the state belongs to another configuration; names what differs.
         """
         settings = self._settings()
-        saved, saved_config = {name: state[name] for name in settings}, MaskConfig.completed(state["config"])
-        config = self.config.continuing(saved_config)
-        differing = differences(saved, settings) + differences(saved_config, asdict(config))
+        saved, config = {name: state[name] for name in settings}, self.config.continuing(state["config"])
+        differing = differences(saved, settings) + differences(MaskConfig.completed(state["config"]), asdict(config))
         if differing:
             raise ValueError(f"the saved masks were made with other settings: {'; '.join(differing)}")
         self.config, self.parts_options = config, config.parts_options

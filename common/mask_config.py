@@ -179,15 +179,16 @@ class MaskConfig:
         return {**ADDED, **saved}
 
     def continuing(self, saved: dict[str, Any]) -> MaskConfig:
-        """These options for a run that goes on from saved ones: where the default has changed since, and neither side says
-        anything but its own default, the saved value. So a run keeps its masks when the project is updated under it."""
-        today = {option.name: option.default for option in fields(self)}
-        former = {
-            name: value
-            for name, value in FORMER_DEFAULTS.items()
-            if saved.get(name) == value and getattr(self, name) == today[name]
-        }
-        return replace(self, **former)
+        """These options for a run that goes on from saved ones, given as they were saved.
+
+        A run that began under FORMER_DEFAULTS keeps its masks when the project is updated under it: where neither side says
+        anything but the default of its time, the saved value holds. In a state of today such a value was asked for by name.
+        """
+        if _CAME_WITH_THE_DEFAULTS in saved:
+            return self
+        before, today = self.completed(saved), {option.name: option.default for option in fields(self)}
+        kept = {name for name, value in FORMER_DEFAULTS.items() if before[name] == value and getattr(self, name) == today[name]}
+        return replace(self, **{name: before[name] for name in kept})
 
     @property
     def parts_range(self) -> tuple[int, int]:
@@ -333,6 +334,9 @@ ADDED: dict[str, Any] = {
 
 FORMER_DEFAULTS: dict[str, Any] = {"start": "kmeans++", "start_refine": 0, "iterations": 15, "covariance_floor": 0.1}
 """Defaults of version 0.1.0 that are others now."""
+
+_CAME_WITH_THE_DEFAULTS = "smooth"
+"""An option that every state has which was written since those defaults changed."""
 
 WORDS: dict[str, tuple[str, ...]] = _words()
 """Allowed words of each option that takes one of several."""

@@ -141,8 +141,8 @@ def check_same_settings(
     """
     differs = differences(state["config"], config, free)
     if mask_config is not None:
-        saved = MaskConfig.completed(state["mask_config"])
-        differs += states.differences(saved, asdict(mask_config.continuing(saved)), prefix="--")
+        saved = state["mask_config"]
+        differs += states.differences(MaskConfig.completed(saved), asdict(mask_config.continuing(saved)), prefix="--")
     for name, value in (("effective_batch", effective_batch), ("samples", samples)):
         if state[name] != value:
             differs.append(f"{name} {state[name]} -> {value}")

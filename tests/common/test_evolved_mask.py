@@ -764,6 +764,9 @@ def test_a_run_keeps_the_defaults_under_which_it_began(random_attention):
     late = EvolvedMask((6, 6), 20, 10, num_parts=5, alpha=1.0).state_dict()
     with pytest.raises(ValueError, match=r"start 'greedy' -> 'kmeans\+\+'"):
         EvolvedMask((6, 6), 20, 10, num_parts=5, alpha=1.0, start="kmeans++").load_state_dict(late)
+    asked = EvolvedMask((6, 6), 20, 10, num_parts=5, alpha=1.0, iterations=15).state_dict()  # of today: said by name
+    with pytest.raises(ValueError, match="iterations 15 -> 10"):
+        EvolvedMask((6, 6), 20, 10, num_parts=5, alpha=1.0).load_state_dict(asked)
 
 
 # --- What callers get wrong --------------------------------------------------------------------------------------

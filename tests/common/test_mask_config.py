@@ -252,7 +252,7 @@ ROWS = {
     "candidates": ({"start_candidates": 1}, {}, {}),
     "refining steps": ({"start_refine": 0}, {"start": "kmeans++"}, {}),
     "scale": ({"scaling": "none"}, VMF, {}),
-    "hard label": ({"hard_label": "per-patch"}, VMF | {"kappa": 5.0, "start": "kmeans++", "start_refine": 0}, {}),
+    "hard label": ({"hard_label": "per-patch"}, VMF | {"kappa": 2.0}, {}),
     "neighbours": ({"smooth": 5.0}, {}, {}),
     "empty parts": ({"reseed_empty": False}, VMF | {"start": "random", "num_parts": 12}, {}),
 }
