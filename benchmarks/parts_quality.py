@@ -109,6 +109,7 @@ class Trained:
 
     Attributes:
         images: how many the run had seen.
+        config: flags of the run.
     """
 
     model: Any
@@ -117,6 +118,12 @@ class Trained:
     seed: int
     epoch: int
     images: int
+    config: dict[str, Any]
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the encoder."""
+        return len(self.model.blocks)
 
 
 def load_trained(path: Path) -> Trained:
@@ -133,7 +140,8 @@ def load_trained(path: Path) -> Trained:
     model = build_untrained(method, config, _depth(state["model"]), seed=0)
     model.load_state_dict(state["model"])
     epoch = int(state["epoch"]) + 1  # epochs that are done; `epoch` there is the last of them, counted from 0
-    return Trained(model, method, state["mask_config"]["mask"], int(config["seed"]), epoch, epoch * int(state["samples"]))
+    images = epoch * int(state["samples"])
+    return Trained(model, method, state["mask_config"]["mask"], int(config["seed"]), epoch, images, config)
 
 
 def build_untrained(method: str, config: dict[str, Any], depth: int, seed: int) -> Any:
@@ -176,13 +184,12 @@ def measure(path: Path, scenes: Scenes, wanted: Sequence[str], parts: Sequence[i
     Args:
         wanted: how names of signals begin ("tokens", "tokens 5"); empty: all.
     """
-    trained, config = load_trained(path), read_checkpoint(path)["config"]
+    trained = load_trained(path)
     grid_size = trained.model.grid_size
-    images = _normalised(scenes, config)
+    images = _normalised(scenes, trained.config)
     truth = [patch_objects(objects, grid_size) for objects in scenes.objects]
-    depth = len(trained.model.blocks)
-    graphs = _graphs(trained, build_untrained(trained.method, config, depth, seed=1 + trained.seed), images, wanted)
-    for name, graph in graphs:
+    untrained = build_untrained(trained.method, trained.config, trained.depth, seed=1 + trained.seed)
+    for name, graph in _graphs(trained, untrained, images, wanted):
         for num_parts in parts:
             cut = _cut(graph, num_parts, len(images), grid_size)
             scores = mean_scores([score_parts(labels, objects, grid_size) for labels, objects in zip(cut, truth, strict=True)])
@@ -191,14 +198,12 @@ def measure(path: Path, scenes: Scenes, wanted: Sequence[str], parts: Sequence[i
 
 def _graphs(trained: Trained, untrained: Any, images: Tensor, wanted: Sequence[str]) -> Iterator[tuple[str, Tensor | None]]:
     """Signals, then the controls; None stands for random labels."""
-    chosen = signals_of(len(trained.model.blocks))
-    if wanted:
-        chosen = {name: config for name, config in chosen.items() if any(_begins(name, start) for start in wanted)}
-    for name, config in chosen.items():
-        yield name, graph_of(trained.model, images, config)
-    last = str(len(trained.model.blocks) - 1)
-    for name in ("attention all", f"tokens {last}"):
-        yield UNTRAINED + name, graph_of(untrained, images, signals_of(len(trained.model.blocks))[name])
+    signals = signals_of(trained.depth)
+    for name, config in signals.items():
+        if not wanted or any(_begins(name, start) for start in wanted):
+            yield name, graph_of(trained.model, images, config)
+    for name in ("attention all", f"tokens {trained.depth - 1}"):
+        yield UNTRAINED + name, graph_of(untrained, images, signals[name])
     grid_size = trained.model.grid_size
     yield "coordinates", coordinates(len(images), grid_size)
     yield "pixels", raw_pixels(images, grid_size)
@@ -270,9 +275,9 @@ def markdown(summary: Sequence[dict[str, Any]]) -> str:
 
 def picture(path: Path, scenes: Scenes, num_parts: int, count: int = 6) -> np.ndarray:
     """The same scenes cut by each signal side by side: uint8 [height, width, 3]."""
-    trained, config = load_trained(path), read_checkpoint(path)["config"]
+    trained = load_trained(path)
     some = Scenes(scenes.pictures[:count], scenes.objects[:count])
-    images, grid_size, last = _normalised(some, config), trained.model.grid_size, len(trained.model.blocks) - 1
+    images, grid_size, last = _normalised(some, trained.config), trained.model.grid_size, trained.depth - 1
     names = ["attention all", f"attention {last}", f"tokens {last}", f"queries {last}", f"keys {last}", f"values {last}"]
     chosen = signals_of(last + 1)
     graphs = {name: graph_of(trained.model, images, chosen[name]) for name in names}

@@ -269,24 +269,42 @@ def patch_graph(
     Raises:
         ValueError: a map of another shape, no map at all, or an unknown direction.
     """
+    maps = [attention] if isinstance(attention, Tensor) else attention
+
+    def edges() -> Iterator[Tensor]:
+        for block_map in maps:
+            yield _edges(_patch_attention(block_map, num_prefix_tokens), direction, heads, reduction)
+            del block_map  # the next block runs before the name is bound again
+
+    graph = _directed(over_blocks(edges(), reduction), direction)  # [B, 1 or h, N, N]
+    return graph.transpose(1, 2).flatten(2)
+
+
+def over_blocks(rows: Iterable[Tensor], reduction: Literal["mean", "sum"]) -> Tensor:
+    """Mean or sum of what each block gives; only the running sum is held, and added to in place.
+
+    Raises:
+        ValueError: no block at all.
+    """
     total, blocks = None, 0
-    for block_map in [attention] if isinstance(attention, Tensor) else attention:
-        patches = _patch_attention(block_map, num_prefix_tokens)
-        if heads == "select":
-            edges = _positive(patches)
-            patches = take_heads(edges, best_heads(head_scores(cosine_similarity(_directed(edges, direction)))))
-        edges = _positive(patches) if heads == "concat" else _sum_of_heads(patches)
-        if heads != "concat" and reduction == "mean":
-            edges.div_(patches.shape[1])
-        total = edges if total is None else total.add_(edges)
+    for block_rows in rows:
+        total = block_rows if total is None else total.add_(block_rows)
         blocks += 1
-        del block_map, patches, edges  # the next block runs before these names are bound again
+        del block_rows  # the next block runs before the name is bound again
     if total is None:
         raise ValueError("attention_fn gave no attention map: nothing to build the patch graph from")
-    if reduction == "mean":
-        total = total / blocks
-    graph = _directed(total, direction)  # [B, 1 or h, N, N]
-    return graph.transpose(1, 2).flatten(2)
+    return total / blocks if reduction == "mean" else total
+
+
+def _edges(patches: Tensor, direction: Direction, heads: Heads, reduction: Literal["mean", "sum"]) -> Tensor:
+    """Weights of one block, not yet directed: [B, h, N, N] with heads "concat", else [B, 1, N, N]."""
+    if heads == "select":
+        edges = _positive(patches)
+        patches = take_heads(edges, best_heads(head_scores(cosine_similarity(_directed(edges, direction)))))
+    if heads == "concat":
+        return _positive(patches)
+    edges = _sum_of_heads(patches)
+    return edges.div_(patches.shape[1]) if reduction == "mean" else edges
 
 
 def _patch_attention(attention: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .attention import Direction, Layers, Values, choose_layers, patch_graph, stream_attention
+from .attention import Direction, Layers, Values, choose_layers, over_blocks, patch_graph, stream_attention
 from .heads import Heads, best_heads, cosine_similarity, head_scores, take_heads
 
 Graph = Literal["attention", "tokens", "queries", "keys", "values"]
@@ -218,17 +218,16 @@ def _centred(patches: Tensor) -> Tensor:
 
 
 def _cosine_graph(blocks: Iterator[Tensor], heads: Heads, reduction: Literal["mean", "sum"]) -> Tensor:
-    """Cosine similarity over blocks and heads: [B, N, N]. Only the running sum is held."""
-    total, count = None, 0
-    for patches in blocks:
-        similarity = cosine_similarity(patches)  # [B, h, N, N]
-        if heads == "select":
-            similarity = take_heads(similarity, best_heads(head_scores(similarity)))
-        rows = similarity.sum(dim=1) if reduction == "sum" else similarity.mean(dim=1)
-        total = rows if total is None else total.add_(rows)
-        count += 1
-    assert total is not None  # _centred_blocks has given one, or raised
-    return total / count if reduction == "mean" else total
+    """Cosine similarity over blocks and heads: [B, N, N]."""
+    return over_blocks((_similarity(patches, heads, reduction) for patches in blocks), reduction)
+
+
+def _similarity(patches: Tensor, heads: Heads, reduction: Literal["mean", "sum"]) -> Tensor:
+    """Cosine similarity of one block over its heads: [B, N, N]."""
+    similarity = cosine_similarity(patches)  # [B, h, N, N]
+    if heads == "select":
+        similarity = take_heads(similarity, best_heads(head_scores(similarity)))
+    return similarity.sum(dim=1) if reduction == "sum" else similarity.mean(dim=1)
 
 
 def _vector_rows(blocks: Iterator[Tensor], heads: Heads) -> Tensor:
