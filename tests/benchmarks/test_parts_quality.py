@@ -93,10 +93,12 @@ def test_the_command(study, tmp_path, capsys):
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     measured = ["attention 1", "keys 0", "keys 0, heads select", "tokens 1", "tokens 1, no position", "tokens 1, vectors"]
     controls = ["coordinates", "pixels", "random labels", "untrained attention all", "untrained tokens 1"]
+    measured += [f"tokens 1, smooth {beta}" for beta in (1, 8, 32)]
     assert sorted({row["signal"] for row in rows}) == sorted(measured + controls)
     assert {(row["method"], row["mask"], row["seed"], row["images"]) for row in rows} == {("MAE", "random", 3, 8)}
     scores = {(row["signal"], row["num_parts"]): row["scores"] for row in rows}
     assert scores["random labels", 4]["rand"] < 0.1 < scores["pixels", 4]["rand"]
+    assert scores["tokens 1, smooth 32", 4]["pieces"] < scores["tokens 1", 4]["pieces"]
     assert scores["coordinates", 4]["pieces"] < scores["random labels", 4]["pieces"]
     assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
     assert "| 4 | tokens 1, vectors |" in (tmp_path / "table.md").read_text()
@@ -125,6 +127,25 @@ def test_seeds_are_put_together():
     assert summary["seeds"] == 3
     assert summary["mean"]["rand"] == 3
     assert summary["spread"]["rand"] == pytest.approx(math.sqrt(7))
+
+
+def test_best_blocks():
+    """One row a signal, whichever block it was; options of a signal make it another one."""
+    values = {"tokens 0": 0.2, "tokens 1": 0.5, "tokens all": 0.3, "tokens 1, vectors": 0.1, "keys 0": 0.4, "coordinates": 0.6}
+    rows = [
+        parts_quality.Row("MAE", "random", 0, 4, 100, signal, 8, dict.fromkeys(part_scores.SCORES, value))
+        for signal, value in values.items()
+    ]
+    best = parts_quality.best_blocks(parts_quality.summarise(rows))
+    assert [row["signal"] for row in best] == ["tokens 1", "tokens 1, vectors", "keys 0", "coordinates"]
+
+
+def test_the_cut_is_that_of_the_options():
+    """The options of each name are those of the cut."""
+    signals = parts_quality.signals_of(2)
+    assert signals["attention all, recipe authors"].parts_options.estimator == "vmf"
+    assert signals["attention all, cut of version 0.1.0"].parts_options.start == "kmeans++"
+    assert signals["attention all, smooth 8"].parts_options.smooth == 8
 
 
 def test_bad_input(study, tmp_path):
