@@ -18,6 +18,7 @@ TARGETS: dict[tuple[str, str, str], tuple[float, float]] = {
     ("evolved", "mae", "small"): (0.90, 0.85),
     ("evolved", "mae", "base"): (1.18, 1.12),
     ("share", "mae", "small"): (0.15, 0.12),
+    ("kept", "mae", "small"): (0.06, 0.03),
     ("memory", "mae", "small"): (0.017, 0.005),
 }
 """(ratio, method, size) -> what was aimed at first, and then toward; meant for a CPU and fp32."""
@@ -27,6 +28,7 @@ HEADINGS = {
     "evolved": "our evolved step / official plain step",
     "added": "mask / our plain step",
     "share": "mask's share of the time (mask / evolved step)",
+    "kept": "mask's share with kept parts",
     "pass_added": "mask without spared passes / our plain step",
     "data": "data of one loader process / evolved step",
 }
@@ -35,7 +37,7 @@ HEADINGS = {
 def line(case: dict[str, Any]) -> str:
     """One case in a line, as it is done."""
     summary = case["summary"]
-    ratios = [f"{name} {summary[name]['median']:.3f}" for name in HEADINGS if summary[name] is not None]
+    ratios = [f"{name} {summary[name]['median']:.3f}" for name in HEADINGS if summary.get(name) is not None]
     return f"{title(case)}: {', '.join(ratios)}"
 
 
@@ -52,14 +54,20 @@ def render(record: dict[str, Any]) -> str:
         f"{machine['device']}, {machine['threads']} threads of {machine['cores']} cores, torch {machine['torch']}, "
         f"{record['precision']}, {record['clock']} clock; load of the machine {machine['load_at_start']:.1f} at the start, "
         f"{machine['load_at_end']:.1f} at the end. Evolved: gamma {schedule['gamma']:g}, {schedule['epochs']} epochs, "
-        f"masks at the middle of {schedule['stages']} stages. Medians of the ratios of a turn, and the least and largest.",
+        f"masks at the middle of {schedule['stages']} stages{_kept(record)}. "
+        "Medians of the ratios of a turn, and the least and largest.",
         "", *_ratios(record["cases"]), "", *_seconds(record["cases"]), "", f"Memory: {record['memory_is']}.",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
+def _kept(record: dict[str, Any]) -> str:
+    every = record["schedule"].get("parts_every", 0)
+    return f"; kept parts: --parts_every {every}" if every else ""
+
+
 def _ratios(cases: list[dict[str, Any]]) -> list[str]:
-    shown = [name for name in HEADINGS if any(case["summary"][name] is not None for case in cases)]
+    shown = [name for name in HEADINGS if any(case["summary"].get(name) is not None for case in cases)]
     lines = [f"| | {' | '.join(HEADINGS[name] for name in shown)} | images spared |", f"|---|{'---|' * (len(shown) + 1)}"]
     for case in cases:
         cells = [_ratio(case, name) for name in shown]
@@ -68,7 +76,7 @@ def _ratios(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratio(case: dict[str, Any], name: str) -> str:
-    ratio = case["summary"][name]
+    ratio = case["summary"].get(name)
     if ratio is None:
         return ""
     return f"{ratio['median']:.3f} ({ratio['low']:.3f} - {ratio['high']:.3f}){_verdict(case, name, ratio['median'])}"

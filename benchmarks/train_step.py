@@ -11,6 +11,8 @@ was doing. Ours is the step of the trainers; the official one has the optimiser 
 
 An evolved step is our step and a call of the mask, without the spared passes, at the middle of each of --stages equal stages of
 the schedule (K falls from 40 to 10); what the schedule spares of it is counted by benchmarks/skipped_passes.py, stage by stage.
+With --parts_every R the mask from kept parts is measured too: parts carried from a kept map in every step, and for one image in
+R a pass over the whole image and its cut. That the loader has to resize that image once more is not in it.
 
 B images   H, W patch grid   N = H*W patches   M masked patches of the batch
 """
@@ -46,6 +48,7 @@ from common.models.block import compile_blocks
 from common.training.config import TrainConfig
 from common.training.data import training_transform
 from common.training.errors import BadInput, run_cli
+from common.training.kept_parts import carry_parts, whole_parts
 from common.training.optim import make_optimizer
 from mae_evolved.main_pretrain import MAEConfig
 from mae_evolved.model import MODELS as MAE_MODELS
@@ -174,6 +177,26 @@ class Workload:
             sample_ids = torch.arange(self.batch, device=self.device)
             return masker(self.images, self.model.attention_maps, sample_ids).mask
 
+    def carry_masks(self, epoch: int) -> Tensor:
+        """A call of the mask with parts from kept rows: no pass."""
+        masker = self.maskers[False]
+        masker.set_epoch(epoch)
+        num_parts = whole_parts(masker.num_parts, self.config.crop_scale)
+        rows = (torch.arange(masker.num_patches, device=self.device) % num_parts).expand(self.batch, -1)
+        geometry = torch.tensor([0.2, 0.3, 0.6, 0.5, 1.0], device=self.device).expand(self.batch, -1)
+        parts = carry_parts(rows, geometry, (masker.height, masker.width))
+        ids = torch.arange(self.batch, device=self.device)
+        return masker(self.images, sample_ids=ids, parts=parts, num_parts=num_parts).mask
+
+    def cut_whole(self, epoch: int) -> Tensor:
+        """Pass over whole images and their cut, as kept rows are made."""
+        masker = self.maskers[False]
+        masker.set_epoch(epoch)
+        with attention_mode(self.model), self.autocast():
+            ids = torch.arange(self.batch, device=self.device)
+            num_parts = min(whole_parts(masker.num_parts, self.config.crop_scale), masker.num_patches)
+            return masker.cut(self.images, self.model.attention_maps, ids, num_parts)
+
     def evolved_step(self) -> None:
         """Masks with the attention pass for every image, then the step."""
         self.make_masks(self.args.epochs // 2, shortcut=False)
@@ -217,6 +240,9 @@ def measure(work: Workload) -> dict[str, Any]:
         runs[OFFICIAL] = work.official
     masks = {f"mask at epoch {middle}": middle for _, _, middle in stages}
     runs |= {name: (lambda middle=middle: work.make_masks(middle, False)) for name, middle in masks.items()}  # type: ignore[misc]
+    if work.args.parts_every:
+        runs |= {f"carried at epoch {middle}": (lambda middle=middle: work.carry_masks(middle)) for middle in masks.values()}  # type: ignore[misc]
+        runs |= {f"whole at epoch {middle}": (lambda middle=middle: work.cut_whole(middle)) for middle in masks.values()}  # type: ignore[misc]
     runs |= {DRAWS: lambda: work.make_masks(0, True), DATA: work.make_data}
     for run in runs.values():
         run()  # warm
@@ -230,6 +256,7 @@ def measure(work: Workload) -> dict[str, Any]:
         "method": work.method, "size": work.size, "model": work.config.model, "batch": work.batch,
         "masked": work.maskers[0].num_masked, "seconds": times, "memory": memory, "stages": [list(stage) for stage in stages],
         "spared": spared, "spared_overall": sum(by_epoch) / len(by_epoch), "compiled": work.args.compile,
+        "parts_every": work.args.parts_every,
     }  # fmt: skip
 
 
@@ -268,6 +295,7 @@ class Summary:
         added: time of the mask, averaged over the schedule / our plain step.
         share: the same / our evolved step: the share of pre-training time, as the paper counts.
         pass_added: time of a mask without the spared passes, at the middle of the run / our plain step.
+        kept: mask's share of the time with --parts_every R.
         data: seconds that one loader process needs for a batch / our evolved step.
         memory: by how much the peak of an evolved step exceeds that of a plain one / the latter; None: not known.
     """
@@ -278,6 +306,7 @@ class Summary:
     data: Ratio
     plain: Ratio | None = None
     evolved: Ratio | None = None
+    kept: Ratio | None = None
     memory: float | None = None
     official_memory: float | None = field(default=None)
 
@@ -294,6 +323,9 @@ def summarise(numbers: dict[str, Any]) -> Summary:
         Ratio.of(seconds[f"mask at epoch {middle}"], ours),
         Ratio.of(seconds[DATA], whole),
     )
+    if every := numbers["parts_every"]:
+        kept = mask_seconds(numbers, every)
+        summary.kept = Ratio.of(kept, [step + extra for step, extra in zip(ours, kept, strict=True)])
     memory = numbers["memory"]
     if memory[OURS] and memory["evolved step"] is not None:
         summary.memory = max(memory["evolved step"] - memory[OURS], 0) / memory[OURS]
@@ -304,15 +336,22 @@ def summarise(numbers: dict[str, Any]) -> Summary:
     return summary
 
 
-def mask_seconds(numbers: dict[str, Any]) -> list[float]:
-    """Seconds of a mask averaged over the schedule, in each turn: spared images take the draws and selection alone."""
+def mask_seconds(numbers: dict[str, Any], parts_every: int = 0) -> list[float]:
+    """Seconds of a mask averaged over the schedule, in each turn: spared images take the draws and selection alone.
+
+    Args:
+        parts_every: R, of kept parts: a pass over the whole image for one image in R, and a map that is carried for each.
+    """
     stages, seconds = numbers["stages"], numbers["seconds"]
     epochs = sum(past - first for first, past, _ in stages)
     totals = [0.0] * len(seconds[DRAWS])
     for (first, past, middle), spared in zip(stages, numbers["spared"], strict=True):
-        turns = zip(seconds[f"mask at epoch {middle}"], seconds[DRAWS], strict=True)
-        for turn, (whole, draws) in enumerate(turns):
-            totals[turn] += (past - first) / epochs * ((1 - spared) * whole + spared * draws)
+        made = seconds[f"mask at epoch {middle}"]
+        if parts_every:
+            parts = zip(seconds[f"whole at epoch {middle}"], seconds[f"carried at epoch {middle}"], strict=True)
+            made = [whole / parts_every + carried for whole, carried in parts]
+        for turn, (needed, draws) in enumerate(zip(made, seconds[DRAWS], strict=True)):
+            totals[turn] += (past - first) / epochs * ((1 - spared) * needed + spared * draws)
     return totals
 
 
@@ -340,6 +379,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, default=5, help="turns after a warm-up (default %(default)s)")
     add("--stages", type=int, default=3, help="stages of the schedule at whose middle a mask is made (default %(default)s)")
     add("--epochs", type=int, default=200, help="T, epochs of the run (default %(default)s)")
+    add("--parts_every", type=int, default=0, metavar="R", help="also the mask from parts kept for R epochs (default: not)")
     add("--gamma", type=float, default=2.0, help="exponent of alpha = (t/T)^gamma (default %(default)s)")
     add("--seed", type=int, default=0, help="of weights, batch and masks (default %(default)s)")
     add("--device", default="cpu", help="cpu, cuda or cuda:1 (default %(default)s)")
@@ -354,6 +394,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("batch_size", "repeats", "stages", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    if args.parts_every < 0:
+        raise BadInput(f"--parts_every must be 0 or more, got {args.parts_every}")
     if args.write is not None and not args.write.parent.is_dir():
         raise BadInput(f"--write {args.write}: no such folder")
     return args
@@ -388,7 +430,7 @@ def start_record(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any
     return {
         "command": " ".join(["python -m", PROGRAM, *words]),
         "machine": {**machine(device), "load_at_start": os.getloadavg()[0]},
-        "schedule": {"epochs": args.epochs, "gamma": args.gamma, "stages": args.stages},
+        "schedule": {"epochs": args.epochs, "gamma": args.gamma, "stages": args.stages, "parts_every": args.parts_every},
         "precision": "bf16 autocast" if args.amp == "bf16" else "fp32",
         "memory_is": memory_method(device),
         "clock": args.clock,

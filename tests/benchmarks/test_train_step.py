@@ -11,7 +11,7 @@ from benchmarks import cost_page, official_models, train_step
 from common.training.errors import BadInput
 from patches.apply import read_upstream
 
-TINY = ["--models", "tiny", "--only", "mae", "--repeats", "2", "--epochs", "20", "--stages", "2"]
+TINY = ["--models", "tiny", "--only", "mae", "--repeats", "2", "--epochs", "20", "--stages", "2", "--parts_every", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,10 @@ def test_a_case_holds_its_ratios_and_the_page_its_case(record):
     made, page = record
     (case,) = made["cases"]
     seconds = case["seconds"]
-    assert set(seconds) == {"our step", "draws and selection", "data", "mask at epoch 5", "mask at epoch 15"}
+    masks = {f"{what} at epoch {epoch}" for what in ("mask", "carried", "whole") for epoch in (5, 15)}
+    assert set(seconds) == {"our step", "draws and selection", "data", *masks}
+    assert case["summary"]["kept"]["median"] > 0
+    assert "kept parts: --parts_every 3" in page.read_text()
     assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
     extra = seconds["mask at epoch 15"][0] / seconds["our step"][0], seconds["mask at epoch 15"][1] / seconds["our step"][1]
     assert case["summary"]["pass_added"]["median"] == pytest.approx(sum(extra) / 2)
@@ -58,7 +61,7 @@ def numbers(official=True):
     stages = [[0, 50, 25], [50, 100, 75]]
     return {
         "method": "mae", "size": "small", "model": "m", "batch": 16, "masked": 147, "seconds": seconds, "memory": memory,
-        "stages": stages, "spared": [0.75, 0.0], "spared_overall": 0.375, "compiled": False,
+        "stages": stages, "spared": [0.75, 0.0], "spared_overall": 0.375, "compiled": False, "parts_every": 0,
     }  # fmt: skip
 
 
@@ -72,9 +75,23 @@ def test_ratios_by_hand():
     assert summary.share.median == pytest.approx((mask[0] / (2 + mask[0]) + mask[1] / (4 + mask[1])) / 2)
     assert summary.memory == pytest.approx(0.02)
     assert summary.official_memory == 0.5
+    assert summary.kept is None
     alone = train_step.summarise(numbers(official=False))
     assert alone.plain is None
     assert alone.added == summary.added
+
+
+def test_kept_parts_by_hand():
+    """--parts_every 4: of each image that is not spared a carried map, and for one in four a pass over the whole image."""
+    case = numbers()
+    case["parts_every"] = 4
+    for middle, whole, carried in ((25, 0.8, 0.2), (75, 1.2, 0.3)):
+        case["seconds"] |= {f"whole at epoch {middle}": [whole] * 2, f"carried at epoch {middle}": [carried] * 2}
+    mask = 0.5 * (0.25 * (0.8 / 4 + 0.2) + 0.75 * 0.1) + 0.5 * (1.2 / 4 + 0.3)
+    summary = train_step.summarise(case)
+    assert summary.kept.high == pytest.approx(mask / (2 + mask))
+    assert summary.kept.low == pytest.approx(mask / (4 + mask))
+    assert summary.added == train_step.summarise(numbers()).added
 
 
 @pytest.mark.parametrize(("value", "said"), [(0.70, "met"), (0.75, "first met"), (0.77, "missed")])
