@@ -285,6 +285,8 @@ def test_pieces_equal_scipys_labels():
 
 
 def test_time_of_the_cut(capsys):
-    numbers = cut_quality.main(["--time", "--images", "2", "--parts", "5"])
+    numbers = cut_quality.main(["--time", "--images", "4", "--parts", "5"])
     assert min(numbers["seconds"].values()) > 0
+    quarter = numbers["seconds"][cut_quality.FOUR_TIMES]
+    assert numbers["four_times"] == pytest.approx(4 * quarter / numbers["seconds"]["ours"])
     assert "of ours" in capsys.readouterr().out
