@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from common.draws import Stream, hash_seed
-from common.training.config import DataConfig, ImageSetConfig, RunConfig
+from common.training.config import DataConfig, ImageSetConfig, Loader, RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput, RankError
 from common.training.interrupt import shield_worker
-from common.training.sources import Source
+from common.training.sources import ImageSource, Source
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -87,14 +87,16 @@ class Samples(Dataset[Any]):
         transform: image -> tensor or tuple of tensors; its random numbers come from torch's CPU generator, which
             is seeded for each sample and put back.
         repeat: crops of each image in an epoch.
+        loader: pil, or torchvision: the source's `decode(i)` in the place of its `load(i)`. A resumed run sets that of
+            its checkpoint.
 
     In the place of an unreadable image stands another one, and the batch says so: whether to go on is decided for
     all ranks together, by the training loop.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int, repeat: int = 1) -> None:
+    def __init__(self, source: Source, transform: Transform, seed: int, repeat: int = 1, loader: Loader = "pil") -> None:
         self.source, self.transform = source, transform
-        self.seed, self.repeat = seed, repeat
+        self.seed, self.repeat, self.loader = seed, repeat, loader
 
     def __len__(self) -> int:
         return len(self.source) * self.repeat
@@ -112,10 +114,11 @@ class Samples(Dataset[Any]):
         """Image `index`, or another one drawn for this sample; and what could not be read."""
         bad: list[str] = []
         place, name = index % len(self.source), ""
+        read = self.source.load if self.loader == "pil" else cast(ImageSource, self.source).decode
         for attempt in range(_REPLACEMENTS):
             name = self.source.name(place)
             try:
-                return self.source.load(place), name, bad
+                return read(place), name, bad
             except RefusedSample as error:
                 return None, name, [Refusal(error)]
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -233,6 +236,13 @@ def make_loader(
     )
 
 
+def choose_loader(asked: Loader, source: ImageSource) -> Loader:
+    """What --loader is in a new run: auto is torchvision for files, and pil for images in memory, where nothing is decoded."""
+    if asked != "auto":
+        return asked
+    return "pil" if source.in_memory else "torchvision"
+
+
 def count_workers(asked: int) -> int:
     """--num_workers, or this rank's share of the usable cores, at most 10."""
     if asked >= 0:
@@ -244,19 +254,14 @@ def count_workers(asked: int) -> int:
 
 
 def training_transform(config: ImageSetConfig) -> Transform:
-    """Random resized crop, flip, ImageNet normalisation: the augmentation of MAE and of SimMIM."""
-    return transforms.Compose([*_crop_and_flip(config), *_to_tensor()])
+    """Random resized crop, flip, ImageNet normalisation, by torchvision's transforms: the official augmentation of MAE.
 
-
-def colour_transform(config: ImageSetConfig) -> Transform:
-    """Random resized crop and flip, as colours in 0..1: what a tokenizer takes."""
-    return transforms.Compose([*_crop_and_flip(config), transforms.ToTensor()])
-
-
-def _crop_and_flip(config: ImageSetConfig) -> list[Any]:
+    Pre-training has the same on bytes, normalised on the device: common/training/augment.py.
+    """
     interpolation = InterpolationMode(config.interpolation)
     crop = transforms.RandomResizedCrop(config.image_size, scale=config.crop_scale, interpolation=interpolation)
-    return [crop, *([transforms.RandomHorizontalFlip()] if config.flip else [])]
+    flip = [transforms.RandomHorizontalFlip()] if config.flip else []
+    return transforms.Compose([crop, *flip, *_to_tensor()])
 
 
 def picture_transform(config: DataConfig) -> Transform:
