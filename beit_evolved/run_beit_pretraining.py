@@ -71,6 +71,8 @@ class TwoViews:
         second_size: (height, width) of the tokenizer's view.
     """
 
+    draws_from_torch = True
+
     def __init__(self, config: BEiTConfig, second_size: tuple[int, int]) -> None:
         self.jitter, self.flip, self.scale = Jitter(config.color_jitter), config.flip, config.crop_scale
         self.located = config.keeps_parts

@@ -71,6 +71,8 @@ def whole(image: Image.Image | Tensor, size: tuple[int, int], interpolation: str
 class RandomCrop:
     """Random resized crop and flip of MAE, SimMIM and the tokenizer: image -> uint8 [3, P, Q]."""
 
+    draws_from_torch = True
+
     def __init__(self, config: ImageSetConfig) -> None:
         self.size, self.scale, self.flip = config.image_size, config.crop_scale, config.flip
         self.interpolation = config.interpolation

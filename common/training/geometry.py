@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional
 
-from common.draws import Stream, hash_seed
 from common.training.augment import Box, RandomCrop, colours, normalise, whole
 from common.training.config import ImageSetConfig, Loader, RunConfig, TrainConfig
-from common.training.data import Batch, RankBatches, Samples, Transform, collate, seeded
+from common.training.data import Batch, RankBatches, Samples, Transform, collate, stacked
 from common.training.distributed import Processes
 from common.training.sources import Source
 
@@ -108,7 +107,7 @@ class LocatedSamples(Samples):
         image, name, bad = self._readable(epoch, index)
         if image is None:
             return None, index, name, bad
-        with seeded(hash_seed(self.seed, epoch, index, Stream.AUGMENT)):
+        with self._draws(epoch, index):
             located: Located = self.transform(image)
         whole = self.whole(image) if self.whole is not None and (wanted or bad) else None
         place = -1 if bad else index % len(self.source)
@@ -152,7 +151,7 @@ def collate_located(samples: list[tuple[Any, int, str, list[str]]]) -> LocatedBa
     return LocatedBatch(
         **vars(plain),
         geometry=torch.stack([located.geometry for located in read]) if read else torch.zeros(0, GEOMETRY),
-        whole=torch.stack([whole for _, whole in wholes]) if wholes else None,
+        whole=stacked([whole for _, whole in wholes]) if wholes else None,
         whole_rows=[row for row, _ in wholes],
         places=[located.place for located in read],
     )

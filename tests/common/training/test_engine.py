@@ -89,6 +89,32 @@ def test_a_run_that_began_under_other_defaults_goes_on_with_them(
     assert sorted(said.split()) == sorted(then.split())
 
 
+def test_a_run_older_than_the_loader_goes_on_with_pil(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoint says no loader: the same command ends as with PIL throughout, to the bit, also after a second stop."""
+    whole = train("whole", "--loader pil")
+    last = whole.parent / "parts" / LAST
+    for epoch, flags in ((1, "--loader pil"), (2, "")):
+        with monkeypatch.context() as patch:
+            stop_at_epoch(patch, epoch)
+            with pytest.raises(KeyboardInterrupt):
+                train("parts", flags)
+        if epoch == 1:
+            written = torch.load(last, weights_only=True)
+            del written["loader"], written["config"]["loader"]
+            torch.save(written, last)
+    assert "the run began with --loader pil and goes on with it" in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"made with other settings: --loader pil -> torchvision \(--resume none"):
+        train("parts", "--loader torchvision")
+    parts = train("parts")
+    assert_same(trained_state(whole), trained_state(parts))
+    assert read_log(whole) == read_log(parts)
+    fresh = train("fresh")  # another loader is another run
+    assert torch.load(fresh / LAST, weights_only=True)["loader"] == "torchvision"
+    assert read_log(fresh) != read_log(parts)
+
+
 def test_resume_in_the_middle_of_an_epoch(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """--save_steps: cut off after update 3 of 4 of epoch 1, a run goes on from update 2 and ends the same."""
     whole = train("whole")
