@@ -119,8 +119,11 @@ def old_layout(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_checkpoint_of_the_old_layout_goes_on(image_folder: Path, tmp_path: Path) -> None:
-    """To the same end as a run that never stopped; with other settings it is refused, and so is one without a state."""
-    whole = train(image_folder, tmp_path / "whole", "--save_freq 1")
+    """To the same end as a run that never stopped; with other settings it is refused, and so is one without a state.
+
+    Of those times is PIL as the loader.
+    """
+    whole = train(image_folder, tmp_path / "whole", "--save_freq 1 --loader pil")
     old = tmp_path / "old" / LAST
     old.parent.mkdir()
     torch.save(old_layout(torch.load(whole / "checkpoint-1.pth", weights_only=True)), old)
