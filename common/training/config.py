@@ -152,9 +152,8 @@ class LoaderConfig(ImageSetConfig):
 
     loader: Loader = option(
         "auto",
-        "who decodes and crops: pil, as the official code; torchvision, faster and nearly the same (docs/cost.md), with PIL for "
-        "files that it does not decode alike. auto: as the checkpoint that the run goes on from; in a new run torchvision for "
-        "files, pil for images in memory",
+        "who decodes and crops: pil, as the official code; torchvision, faster and nearly the same (docs/cost.md): JPEGs, with "
+        "PIL for other files. auto: what the run began with; in a new one torchvision for files, pil for images in memory",
         group="data",
     )
 

@@ -1,8 +1,10 @@
-"""Image files -> pixels, by torchvision.io where it gives what PIL gives.
+"""JPEG files -> pixels, by torchvision.io where it gives what PIL gives.
 
-Which files those are is read from the header, by PIL: JPEGs in colour or grey, and PNGs of 8 bits in colour or grey without
-transparency. Everything else, and whatever torchvision.io cannot decode, is left to PIL: its pixels, and its words about files
-that are broken. Neither applies the orientation that EXIF may give.
+Which files those are is read from the header, by PIL: JPEGs in colour or grey. Everything else, and whatever torchvision.io
+cannot decode, is left to PIL: its pixels, and its words about files that are broken. Neither applies the orientation that EXIF
+may give.
+
+PNGs are PIL's too: torchvision 0.29.1 dies of a segmentation fault on broken ones, where a run has to count and name them.
 """
 
 from __future__ import annotations
@@ -13,10 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
-
-_BIT_DEPTH = 24
-"""Place of a PNG's bits a channel: in its first chunk, which has a fixed place and length."""
+from torchvision.io import ImageReadMode, decode_jpeg
 
 
 def decode_file(path: str) -> Tensor | None:
@@ -34,23 +33,16 @@ def decode_bytes(data: np.ndarray) -> Tensor | None:
     Raises:
         OSError, RuntimeError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: not an image, broken, or too large.
     """
-    kind = kind_of(data)
-    if kind == "JPEG":
-        return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
-    if kind == "PNG":
-        return decode_png(torch.from_numpy(data), mode=ImageReadMode.RGB)
-    return None
+    if not is_plain_jpeg(data):
+        return None
+    return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
 
 
-def kind_of(data: np.ndarray) -> str:
-    """JPEG or PNG for what torchvision.io decodes as PIL does; empty for the rest.
+def is_plain_jpeg(data: np.ndarray) -> bool:
+    """Whether PIL finds a JPEG in colour or grey in these bytes.
 
     Raises:
         OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: see :func:`decode_bytes`.
     """
     with Image.open(io.BytesIO(data.data)) as header:
-        kind, mode, info = header.format, header.mode, header.info
-        plain = mode in ("RGB", "L") and "transparency" not in info and not getattr(header, "is_animated", False)
-    if kind == "PNG" and data[_BIT_DEPTH] != 8:
-        return ""
-    return kind if plain and kind in ("JPEG", "PNG") else ""
+        return header.format == "JPEG" and header.mode in ("RGB", "L")
