@@ -10,19 +10,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import hflip, resized_crop, to_tensor
+from torchvision.transforms import functional as pictures
 
 from beit_evolved.model import MODELS
 from beit_evolved.tokenizer import Tokenizer, collapse_warning, fingerprint, load_tokenizer
 from common.mask_config import Strategy
+from common.training.augment import Box, Jitter, cut, draw_crop, draw_flip
 from common.training.command_line import parse_arguments
 from common.training.config import option, with_default
-from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Batch, picture_transform
+from common.training.data import Batch, picture_transform
 from common.training.engine import PretrainingMethod, pretrain
 from common.training.errors import run_cli
-from common.training.geometry import Located, draw_crop, draw_flip, geometry_of
+from common.training.geometry import Located, geometry_of
 from common.training.mask_token import MaskTokenConfig
 
 PROGRAM = "run_beit_pretraining"
@@ -62,33 +61,48 @@ class BEiTConfig(MaskTokenConfig):
 
 
 class TwoViews:
-    """One random crop at two sizes: for the encoder, normalised; for the tokenizer, as colours in 0..1.
+    """One random crop at two sizes: for the encoder, and, by a Lanczos filter, for the tokenizer.
 
-    Colour jitter and flip come first, as in the official code. All random numbers come from torch's generator.
+    Colour jitter and flip come first, as in the official code; where torch crops, the box is mirrored in their place, and
+    only what lies in it takes new colours. All random numbers come from torch's generator.
 
     Args:
         config: sizes and strengths.
         second_size: (height, width) of the tokenizer's view.
     """
 
+    draws_from_torch = True
+
     def __init__(self, config: BEiTConfig, second_size: tuple[int, int]) -> None:
-        jitter = config.color_jitter
-        self.jitter, self.flip, self.scale = transforms.ColorJitter(jitter, jitter, jitter), config.flip, config.crop_scale
+        self.jitter, self.flip, self.scale = Jitter(config.color_jitter), config.flip, config.crop_scale
         self.located = config.keeps_parts
         self.first_size, self.second_size = config.image_size, second_size
-        self.interpolation = InterpolationMode(config.interpolation)
-        self.normalise = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        self.interpolation = config.interpolation
 
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor] | Located:
-        """Views [3, H*p, W*p] and [3, H*stride, W*stride]; with their place where parts are kept."""
-        image = self.jitter(image)
+    def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, Tensor] | Located:
+        """Views uint8 [3, H*p, W*p] and [3, H*stride, W*stride]; with their place where parts are kept."""
+        drawn = self.jitter.draw()
         flipped = draw_flip(self.flip)
-        image = hflip(image) if flipped else image
+        if isinstance(image, Image.Image):
+            image = self.jitter.whole(image, drawn)
+            image = pictures.hflip(image) if flipped else image
         box = draw_crop(image, self.scale)
-        first = resized_crop(image, *box, list(self.first_size), self.interpolation)
-        second = resized_crop(image, *box, list(self.second_size), InterpolationMode.LANCZOS)
-        views = self.normalise(to_tensor(first)), to_tensor(second)
+        views = self._of_picture(image, box) if isinstance(image, Image.Image) else self._of_bytes(image, box, flipped, drawn)
         return Located(views, geometry_of(box, image, flipped, flipped_first=True)) if self.located else views
+
+    def _of_picture(self, image: Image.Image, box: Box) -> tuple[Tensor, Tensor]:
+        return cut(image, box, self.first_size, self.interpolation), cut(image, box, self.second_size, "lanczos")
+
+    def _of_bytes(self, image: Tensor, box: Box, mirrored: bool, drawn: list[tuple[str, float]]) -> tuple[Tensor, Tensor]:
+        """The same of an image whose colours are still to be changed, and that is not mirrored yet."""
+        top, left, height, width = box
+        if mirrored:
+            left = image.shape[2] - left - width
+        if drawn:
+            image, top, left = self.jitter.part(image, (top, left, height, width), drawn), 0, 0
+        place = (top, left, height, width)
+        first = cut(image, place, self.first_size, self.interpolation, mirrored)
+        return first, cut(image, place, self.second_size, "lanczos", mirrored)
 
 
 class TokenLoss:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from beit_evolved.tokenizer import OWN_FILE, DiscreteVAE, codebook_usage, collapse_warning, to_plus_minus_one
+from common.training.augment import RandomCrop, colours
 from common.training.checkpoint import check_same_settings, read_checkpoint, save_atomically
 from common.training.command_line import parse_flags
-from common.training.config import AdamWConfig, EpochsConfig, ImageSetConfig, Precision, RunConfig, option, with_default
-from common.training.data import Batch, RankBatches, Samples, colour_transform
+from common.training.config import AdamWConfig, EpochsConfig, LoaderConfig, Precision, RunConfig, option, with_default
+from common.training.data import Batch, RankBatches, Samples, choose_loader
 from common.training.errors import BadInput, run_cli
 from common.training.loop import Loop
 from common.training.optim import make_optimizer
 from common.training.preset import TOKENIZER, SmallData
-from common.training.sources import open_source
-from common.training.task import Outcome, Run, Task, open_run
+from common.training.task import Outcome, Run, Task, open_data_run
 
 PROGRAM = "train_tokenizer"
 DESCRIPTION = (
@@ -38,13 +38,13 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
+class TokenizerConfig(EpochsConfig, AdamWConfig, LoaderConfig, RunConfig):
     """Flags of the tokenizer's training. The schedules are DALL-E's in kind; its run is 3 million updates long."""
 
     small: ClassVar[SmallData] = TOKENIZER
 
-    input_size: str = with_default(ImageSetConfig, "input_size", "112")
-    crop_scale: tuple[float, float] = with_default(ImageSetConfig, "crop_scale", (0.08, 1.0))
+    input_size: str = with_default(LoaderConfig, "input_size", "112")
+    crop_scale: tuple[float, float] = with_default(LoaderConfig, "crop_scale", (0.08, 1.0))
     epochs: int = with_default(EpochsConfig, "epochs", 20)
     blr: float = with_default(EpochsConfig, "blr", 1e-3)
     warmup_epochs: float = with_default(EpochsConfig, "warmup_epochs", 1)
@@ -155,6 +155,9 @@ class TokenizerTask(Task):
 
     # --- updates ---
 
+    def receive(self, batch: Batch) -> Batch:
+        return replace(batch, views=(colours(batch.images),))
+
     def prepare(self, batch: Batch, epoch: float) -> float:
         """Temperature of the Gumbel softmax."""
         return temperature_at(epoch / self.config.epochs, self.config.temperature)
@@ -196,7 +199,7 @@ class TokenizerTask(Task):
         readable = [views[0] for views in shown if views is not None]
         if not readable:
             return
-        images = torch.stack(readable).to(self.run.device)
+        images = colours(torch.stack(readable).to(self.run.device))
         self.model.eval()
         rows = [torch.cat(list(row), dim=2) for row in (images, self.model.reconstruct(images))]  # each [3, P, n*Q]
         sheet = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
@@ -250,10 +253,9 @@ def train(config: TokenizerConfig) -> None:
     Raises:
         BadInput, NonFiniteLoss, Interrupted: see :class:`common.training.loop.Loop`.
     """
-    source = open_source(config)
-    with open_run(config) as run:
+    with open_data_run(config) as (run, source):
         run.log.say(source.summary)
-        samples = Samples(source, colour_transform(config), config.seed, config.repeat)
+        samples = Samples(source, RandomCrop(config), config.seed, config.repeat, choose_loader(config.loader, source))
         batches = RankBatches(len(samples), config, run.processes)
         torch.manual_seed(config.seed)  # the same weights on every rank
         model = DiscreteVAE(config.vocabulary, config.code_width, config.layers, config.width)

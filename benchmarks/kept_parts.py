@@ -42,11 +42,12 @@ from benchmarks.skipped_passes import write_json
 from common.attention import AttentionTap, attention_mode
 from common.evolved_mask import EvolvedMask
 from common.mask_config import MaskConfig
+from common.training.augment import normalise
 from common.training.checkpoint import read_checkpoint
 from common.training.command_line import parse_arguments
 from common.training.config import TrainConfig
 from common.training.errors import BadInput, run_cli
-from common.training.geometry import LocatedSamples, WholeImage, collate_located, crop_transform
+from common.training.geometry import LocatedSamples, WholeImage, as_inputs, collate_located, crop_transform
 from common.training.kept_parts import WholeImageParts, carry_parts, keep_parts, step_layers
 from common.training.mask import make_mask
 from common.training.sources import open_source
@@ -129,7 +130,7 @@ class Maps:
         self.kept = kept
         chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
         samples = LocatedSamples(source, crop_transform(self.config), self.config.seed, 1, WholeImage(self.config))
-        self.views = [collate_located([samples[visit, index, True] for index in chosen]) for visit in (0, 1)]
+        self.views = [as_inputs(collate_located([samples[visit, index, True] for index in chosen])) for visit in (0, 1)]
         self._done: dict[tuple[Any, ...], Tensor] = {}
 
     def model(self, epochs: int) -> Any:
@@ -268,7 +269,7 @@ def read_set(config: TrainConfig, folder: Path) -> tuple[Tensor, list[str]]:
     source = open_source(replace(config, data_path=str(folder)))
     whole = WholeImage(config)
     names = [Path(source.name(index)).parent.name for index in range(len(source))]
-    return torch.stack([whole(source.load(index)) for index in range(len(source))]), names
+    return normalise(torch.stack([whole(source.load(index)) for index in range(len(source))])), names
 
 
 @torch.no_grad()

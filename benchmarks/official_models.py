@@ -70,7 +70,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 @contextmanager
-def _importing(folder: Path) -> Iterator[None]:
+def importing(folder: Path) -> Iterator[None]:
     """Modules of a clone can be imported inside; their names (`models`, `utils`, `config`) are free again after."""
     before, directory = dict(sys.modules), str(folder)
     sys.path.insert(0, directory)
@@ -92,7 +92,7 @@ def build_official(name: str, size: str, folder: Path) -> tuple[nn.Module, Offic
         folder: of the clone's code.
     """
     seam.prepare(name)
-    with _importing(folder):
+    with importing(folder):
         return {"mae": _mae, "beit": _beit, "simmim": _simmim}[name](size, folder)
 
 

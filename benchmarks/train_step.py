@@ -45,8 +45,9 @@ from benchmarks.timing import CLOCKS, added_memory, machine, memory_method, seco
 from common.attention import attention_mode
 from common.evolved_mask import EvolvedMask, MaskConfig, count_masked, select_masked
 from common.models.block import compile_blocks
+from common.training.augment import RandomCrop
 from common.training.config import TrainConfig
-from common.training.data import training_transform
+from common.training.decode import decode_bytes
 from common.training.errors import BadInput, run_cli
 from common.training.kept_parts import carry_parts, whole_parts
 from common.training.optim import make_optimizer
@@ -204,11 +205,11 @@ class Workload:
 
     def make_data(self) -> None:
         """What one loader process does for a batch: a JPEG of ImageNet's usual size is decoded and augmented B times."""
-        transform: Any = training_transform(self.config)
+        transform: Any = RandomCrop(self.config)
         if isinstance(self.config, BEiTConfig):
             transform = TwoViews(self.config, tuple(size // 2 for size in self.config.image_size))  # type: ignore[arg-type]
         for _ in range(self.batch):
-            transform(Image.open(io.BytesIO(_jpeg())).convert("RGB"))
+            transform(decode_bytes(np.frombuffer(bytearray(_jpeg()), np.uint8)))
 
 
 def _jpeg(made: list[bytes] = []) -> bytes:  # noqa: B006 - made once
@@ -358,7 +359,9 @@ def mask_seconds(numbers: dict[str, Any], parts_every: int = 0) -> list[float]:
 # --- Command line -----------------------------------------------------------------------------------------------
 
 
-def _words(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+def words_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Reads a flag that takes some of these words, with commas between them."""
+
     def read(text: str) -> list[str]:
         words = text.split(",")
         if wrong := [word for word in words if word not in allowed]:
@@ -372,8 +375,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--only", type=_words(METHODS), default=list(METHODS), help="methods, such as mae,beit (default: all three)")
-    add("--models", type=_words(SIZES), default=["small", "base"], help="sizes: small,base (default: both), or tiny")
+    add("--only", type=words_of(METHODS), default=list(METHODS), help="methods, such as mae,beit (default: all three)")
+    add("--models", type=words_of(SIZES), default=["small", "base"], help="sizes: small,base (default: both), or tiny")
     add("--official", nargs="+", default=[], metavar="CLONE", help="clones of the official repositories, at the pinned commits")
     add("--batch_size", type=int, help="B (default: 16 for ViT-S, 8 for ViT-B)")
     add("--repeats", type=int, default=5, help="turns after a warm-up (default %(default)s)")

@@ -18,8 +18,9 @@ from common.training.checkpoint import check_same_run, find_resume, read_checkpo
 from common.training.command_line import parse_arguments, parse_flags
 from common.training.config import ImageSetConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput, Parser, run_cli
+from common.training.listing import scan_images, training_files
 from common.training.mask import make_mask
-from common.training.sources import count_source, find_images, open_source, scan_images
+from common.training.sources import count_source, open_source
 from downstream.training import TaskConfig, check_same_task, parse_task
 from slurm.partition import Request, check_partition
 from slurm.upstream import official_command
@@ -206,10 +207,10 @@ def count_files(root: Path, needed: int) -> int:
     folder, count = root / "train" if (root / "train").is_dir() else root, 0
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         if entry.is_dir() and not entry.name.startswith("."):
-            count += len(scan_images(entry).images)
+            count += len(scan_images(entry))
         if count >= needed:
             return count
-    return len(find_images(root))
+    return len(training_files(root))
 
 
 def check_checkpoint(module: str, config: RunConfig, mask_config: MaskConfig | None, effective_batch: int) -> None:

@@ -11,6 +11,7 @@ move both ways):
     ema                        weights of the moving average, or None
     config, mask_config        plain dicts
     effective_batch, samples   images an update, and samples an epoch
+    loader                     what decodes and crops: pil (also where it is not said), or torchvision
     facts                      what the targets depend on besides (which tokenizer)
 """
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from common import states
 from common.mask_config import MaskConfig
-from common.training.config import OutputConfig, RunConfig, TrainConfig
+from common.training.config import Loader, OutputConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput
 from common.training.files import require_room, written_whole
 from common.training.safe_load import safe_load
@@ -40,6 +41,7 @@ FREE_TO_CHANGE = frozenset(
         *("output_dir", "log_dir", "resume", "init_from", "save_freq", "save_steps", "picture_epochs", "picture_images"),
         *("dist_timeout", "preset", "preset_chose"),  # what the preset chose is compared flag by flag
         "tokenizer",  # its content is checked instead, as one of the method's facts
+        "loader",  # compared with what the run really used
     )
 )
 """Flags that a resumed run may change: what they say does not alter the weights of the run, or is checked apart."""
@@ -143,11 +145,20 @@ def check_same_settings(
     if mask_config is not None:
         saved = state["mask_config"]
         differs += states.differences(MaskConfig.completed(saved), asdict(mask_config.continuing(saved)), prefix="--")
+    began, asked = loader_of(state), getattr(config, "loader", "auto")
+    if asked not in ("auto", began):
+        differs.append(f"--loader {began} -> {asked}")
     for name, value in (("effective_batch", effective_batch), ("samples", samples)):
         if state[name] != value:
             differs.append(f"{name} {state[name]} -> {value}")
     if differs:
         raise BadInput(f"checkpoint {path}: made with other settings: {'; '.join(differs)} (--resume none starts anew)")
+
+
+def loader_of(state: dict[str, Any]) -> Loader:
+    """What decoded and cropped the images of a checkpoint's run; PIL did before there was a choice."""
+    loader: Loader = state.get("loader", "pil")
+    return loader
 
 
 def differences(saved: dict[str, Any], config: Any, free: frozenset[str] = frozenset()) -> list[str]:

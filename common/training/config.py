@@ -24,11 +24,13 @@ from common.training.errors import BadInput
 from common.training.preset import PRETRAINING, Preset, SmallData
 
 __all__ = [
-    "AdamWConfig", "DataConfig", "EpochsConfig", "Flags", "FormerFlag", "ImageSetConfig", "Interpolation", "Length", "LrSchedule",
+    "AdamWConfig", "DataConfig", "EpochsConfig", "Flags", "FormerFlag", "ImageSetConfig", "Interpolation", "Length", "Loader",
+    "LoaderConfig", "LrSchedule",
     "OptimisationConfig", "OutputConfig", "Precision", "RunConfig", "TrainConfig", "option", "with_default",
 ]  # fmt: skip
 
 Interpolation = Literal["bicubic", "bilinear"]
+Loader = Literal["auto", "pil", "torchvision"]
 LrSchedule = Literal["cosine", "multistep", "poly"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -142,6 +144,18 @@ class ImageSetConfig(DataConfig):
             self._require("data_path", bool(self.data_path), f"is needed for --dataset {self.dataset}")
         if self.dataset == "photos":
             self._require("data_path", not self.data_path, "is not read by --dataset photos: leave one of them out")
+
+
+@dataclass(frozen=True)
+class LoaderConfig(ImageSetConfig):
+    """Random crops that may be made on bytes."""
+
+    loader: Loader = option(
+        "auto",
+        "who decodes and crops: pil, as the official code; torchvision, faster and nearly the same (docs/cost.md): JPEGs, with "
+        "PIL for other files. auto: what the run began with; in a new one torchvision for files, pil for images in memory",
+        group="data",
+    )
 
 
 @dataclass(frozen=True)
@@ -294,7 +308,7 @@ class RunConfig(OutputConfig, OptimisationConfig, DataConfig, ABC):
 
 
 @dataclass(frozen=True)
-class TrainConfig(EpochsConfig, AdamWConfig, ImageSetConfig, RunConfig):
+class TrainConfig(EpochsConfig, AdamWConfig, LoaderConfig, RunConfig):
     """What every pre-training run has besides.
 
     Class attributes that a method sets: `models`, what --model takes, by name (empty: anything); `official_mask`, what

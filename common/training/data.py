@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from common.draws import Stream, hash_seed
-from common.training.config import DataConfig, ImageSetConfig, RunConfig
+from common.training.config import DataConfig, ImageSetConfig, Loader, RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput, RankError
 from common.training.interrupt import shield_worker
-from common.training.sources import Source
+from common.training.sources import ImageSource, Source
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -85,16 +85,18 @@ class Samples(Dataset[Any]):
     Args:
         source: the images, or images with their labels; `load(i)` gives what the transform takes.
         transform: image -> tensor or tuple of tensors; its random numbers come from torch's CPU generator, which
-            is seeded for each sample and put back.
+            is seeded for each sample and put back; so are Python's and numpy's, unless it says `draws_from_torch = True`.
         repeat: crops of each image in an epoch.
+        loader: pil, or torchvision: the source's `decode(i)` in the place of its `load(i)`. A resumed run sets that of
+            its checkpoint.
 
     In the place of an unreadable image stands another one, and the batch says so: whether to go on is decided for
     all ranks together, by the training loop.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int, repeat: int = 1) -> None:
+    def __init__(self, source: Source, transform: Transform, seed: int, repeat: int = 1, loader: Loader = "pil") -> None:
         self.source, self.transform = source, transform
-        self.seed, self.repeat = seed, repeat
+        self.seed, self.repeat, self.loader = seed, repeat, loader
 
     def __len__(self) -> int:
         return len(self.source) * self.repeat
@@ -104,18 +106,24 @@ class Samples(Dataset[Any]):
         image, name, bad = self._readable(epoch, index)
         if image is None:
             return None, index, name, bad
-        with seeded(hash_seed(self.seed, epoch, index, Stream.AUGMENT)):
+        with self._draws(epoch, index):
             views = self.transform(image)
         return views if isinstance(views, tuple) else (views,), index, name, bad
+
+    def _draws(self, epoch: int, index: int) -> AbstractContextManager[None]:
+        """Random numbers of a sample inside."""
+        torch_alone = bool(getattr(self.transform, "draws_from_torch", False))
+        return seeded(hash_seed(self.seed, epoch, index, Stream.AUGMENT), torch_alone)
 
     def _readable(self, epoch: int, index: int) -> tuple[Any, str, list[str]]:
         """Image `index`, or another one drawn for this sample; and what could not be read."""
         bad: list[str] = []
         place, name = index % len(self.source), ""
+        read = self.source.load if self.loader == "pil" else cast(ImageSource, self.source).decode
         for attempt in range(_REPLACEMENTS):
             name = self.source.name(place)
             try:
-                return self.source.load(place), name, bad
+                return read(place), name, bad
             except RefusedSample as error:
                 return None, name, [Refusal(error)]
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -130,11 +138,18 @@ def collate(samples: list[tuple[tuple[Tensor, ...] | None, int, str, list[str]]]
     read = [views for views, _, _, _ in samples if views is not None]
     whole = len(read) == len(samples)
     return Batch(
-        views=tuple(torch.stack(view) for view in zip(*read, strict=True)) if whole else (),
+        views=tuple(stacked(view) for view in zip(*read, strict=True)) if whole else (),
         sample_ids=torch.tensor([index for _, index, _, _ in samples]),
         names=[name for _, _, name, _ in samples],
         bad=[line for _, _, _, lines in samples for line in lines],
     )
+
+
+def stacked(views: Sequence[Tensor]) -> Tensor:
+    """Views of a batch, [B, ...]. Bytes whose colours are last in memory keep them there: a copy in order is much faster."""
+    if views[0].dtype == torch.uint8 and all(view.ndim == 3 and view.stride(0) == 1 for view in views):
+        return torch.stack([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2)
+    return torch.stack(list(views))
 
 
 def check_usable(batch: Batch) -> None:
@@ -154,22 +169,28 @@ def some_of(words: Sequence[str], separator: str = ", ", count: int = 8) -> str:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int, torch_alone: bool = False) -> Iterator[None]:
     """The global generators of torch (CPU), Python and numpy seeded inside, as they were outside.
 
     torchvision's transforms draw from the first, timm's RandAugment from the other two.
+
+    Args:
+        torch_alone: leaves the other two as they are; to save numpy's state takes a twentieth of the time of an image.
     """
     generator = torch.default_generator
-    before = generator.get_state(), random.getstate(), np.random.get_state()
+    before = generator.get_state()
+    others = None if torch_alone else (random.getstate(), np.random.get_state())
     generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    if others is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
     try:
         yield
     finally:
-        generator.set_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])
+        generator.set_state(before)
+        if others is not None:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
 class RankBatches(Sampler[list[Key]]):
@@ -233,6 +254,13 @@ def make_loader(
     )
 
 
+def choose_loader(asked: Loader, source: ImageSource) -> Loader:
+    """What --loader is in a new run: auto is torchvision for files, and pil for images in memory, where nothing is decoded."""
+    if asked != "auto":
+        return asked
+    return "pil" if source.in_memory else "torchvision"
+
+
 def count_workers(asked: int) -> int:
     """--num_workers, or this rank's share of the usable cores, at most 10."""
     if asked >= 0:
@@ -244,19 +272,14 @@ def count_workers(asked: int) -> int:
 
 
 def training_transform(config: ImageSetConfig) -> Transform:
-    """Random resized crop, flip, ImageNet normalisation: the augmentation of MAE and of SimMIM."""
-    return transforms.Compose([*_crop_and_flip(config), *_to_tensor()])
+    """Random resized crop, flip, ImageNet normalisation, by torchvision's transforms: the official augmentation of MAE.
 
-
-def colour_transform(config: ImageSetConfig) -> Transform:
-    """Random resized crop and flip, as colours in 0..1: what a tokenizer takes."""
-    return transforms.Compose([*_crop_and_flip(config), transforms.ToTensor()])
-
-
-def _crop_and_flip(config: ImageSetConfig) -> list[Any]:
+    Pre-training has the same on bytes, normalised on the device: common/training/augment.py.
+    """
     interpolation = InterpolationMode(config.interpolation)
     crop = transforms.RandomResizedCrop(config.image_size, scale=config.crop_scale, interpolation=interpolation)
-    return [crop, *([transforms.RandomHorizontalFlip()] if config.flip else [])]
+    flip = [transforms.RandomHorizontalFlip()] if config.flip else []
+    return transforms.Compose([crop, *flip, *_to_tensor()])
 
 
 def picture_transform(config: DataConfig) -> Transform:

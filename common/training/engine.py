@@ -26,16 +26,16 @@ from common.masks import share_of_masked
 from common.signals import Graph
 from common.training.checkpoint import check_same_run, load_weights
 from common.training.config import TrainConfig
-from common.training.data import Batch, RankBatches, Samples, Transform, denormalise
+from common.training.data import Batch, RankBatches, Samples, Transform, choose_loader, denormalise
 from common.training.distributed import Processes
-from common.training.geometry import LocatedBatch, LocatedSamples, MarkedBatches, WholeImage, collate_located
+from common.training.geometry import LocatedBatch, LocatedSamples, MarkedBatches, WholeImage, as_inputs, collate_located
 from common.training.kept_parts import KeptParts, StepParts, keep_parts, step_layers
 from common.training.loop import Loop
 from common.training.mask import describe_end, make_mask
 from common.training.optim import EncoderEMA, make_optimizer
 from common.training.preset import offer_parts
-from common.training.sources import Source, open_source
-from common.training.task import Outcome, Run, Task, open_run
+from common.training.sources import ImageSource, Source
+from common.training.task import Outcome, Run, Task, open_data_run
 from common.visualize import MaskPictures, describe_schedule
 
 
@@ -61,7 +61,7 @@ class PretrainingMethod:
         model: an nn.Module that is an :class:`AttentionSource`.
         loss: (model, batch, mask [B, N]) -> scalar loss, the mean over the batch. Below a decode_share of 1 a fourth argument,
             bool [B, N], says which masked patches are predicted.
-        transform: image -> view or views.
+        transform: image -> view or views, uint8: the first is normalised on the device, the others become colours in 0..1.
         picture_transform: image -> normalised [3, H, W] without randomness.
         not_in_attention: submodules that the attention pass does not run.
         may_miss: prefixes of state-dict keys that an encoder-only checkpoint lacks.
@@ -106,8 +106,7 @@ def pretrain(config: TrainConfig, mask_config: MaskConfig, build: Callable[[], P
         NonFiniteLoss: the loss or gradient became NaN or infinite.
     """
     mask = make_mask(config, mask_config)
-    source = open_source(config)
-    with open_run(config) as run:
+    with open_data_run(config) as (run, source):
         run.log.say(source.summary)
         kept = keep_parts(config, mask, source)
         batches = make_batches(len(source) * config.repeat, config, run.processes, kept)
@@ -124,12 +123,13 @@ def make_batches(length: int, config: TrainConfig, processes: Processes, kept: K
     return MarkedBatches(length, config, processes, kept.wanted)
 
 
-def make_samples(source: Source, transform: Transform, config: TrainConfig, kept: KeptParts | None) -> Samples:
+def make_samples(source: ImageSource, transform: Transform, config: TrainConfig, kept: KeptParts | None) -> Samples:
     """Samples; where parts are kept, with the place of each view in its image."""
+    loader = choose_loader(config.loader, source)
     if kept is None:
-        return Samples(source, transform, config.seed, config.repeat)
+        return Samples(source, transform, config.seed, config.repeat, loader)
     whole = None if kept.reads_step else WholeImage(config)
-    return LocatedSamples(source, transform, config.seed, config.repeat, whole)
+    return LocatedSamples(source, transform, config.seed, config.repeat, whole, loader)
 
 
 class PretrainingTask(Task):
@@ -218,6 +218,9 @@ class PretrainingTask(Task):
         if update == 0:
             self._take_pictures(epoch)
         self.mask.set_epoch(epoch)
+
+    def receive(self, batch: Batch) -> Batch:
+        return as_inputs(batch)
 
     def prepare(self, batch: Batch, epoch: float) -> MaskBatch:
         """The masks of a batch, from one pass of the encoder over the images whose mask needs it, or from kept parts."""

@@ -15,27 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode, functional
+from torchvision.transforms import functional
 
-from common.draws import Stream, hash_seed
-from common.training.config import ImageSetConfig, RunConfig, TrainConfig
-from common.training.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Batch,
-    RankBatches,
-    Samples,
-    Transform,
-    collate,
-    seeded,
-    training_transform,
-)
+from common.training.augment import Box, RandomCrop, colours, normalise, whole
+from common.training.config import ImageSetConfig, Loader, RunConfig, TrainConfig
+from common.training.data import Batch, RankBatches, Samples, Transform, collate, stacked
 from common.training.distributed import Processes
 from common.training.sources import Source
-
-CROP_RATIO = (3 / 4, 4 / 3)
-"""Width over height of a random crop: torchvision's default, and that of all three methods."""
 
 GEOMETRY = 5
 """Numbers of a view's geometry: top, left, height and width as shares of the image, and 1 where the view is mirrored."""
@@ -52,7 +38,7 @@ class Located:
         views: what a transform of common/training/data.py gives.
         geometry: float32 [5], top, left, height, width as shares of the image as it is stored, and 1 where the view is mirrored.
         place: number of the image in its source; -1 for one that stands in for an unreadable one.
-        whole: [3, H, W], the whole image at the size of the view; None where it is not wanted.
+        whole: uint8 [3, H, W], the whole image at the size of the view; None where it is not wanted.
     """
 
     views: tuple[Tensor, ...]
@@ -61,17 +47,7 @@ class Located:
     whole: Tensor | None = None
 
 
-def draw_crop(image: Any, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels, from torch's generator, as transforms.RandomResizedCrop draws them."""
-    return transforms.RandomResizedCrop.get_params(image, list(scale), list(CROP_RATIO))
-
-
-def draw_flip(flip: bool) -> bool:
-    """Whether to mirror, from torch's generator, as transforms.RandomHorizontalFlip draws it; no draw without `flip`."""
-    return flip and bool(torch.rand(1) < 0.5)
-
-
-def geometry_of(box: tuple[int, int, int, int], image: Any, flipped: bool, flipped_first: bool = False) -> Tensor:
+def geometry_of(box: Box, image: Any, flipped: bool, flipped_first: bool = False) -> Tensor:
     """A crop's box in pixels as shares of the image: float32 [5].
 
     Args:
@@ -85,39 +61,29 @@ def geometry_of(box: tuple[int, int, int, int], image: Any, flipped: bool, flipp
     return torch.tensor([top / rows, left / columns, height / rows, width / columns, float(flipped)])
 
 
-class LocatedCrop:
-    """Random resized crop and flip, normalised, as `training_transform` of the same configuration makes it, with its geometry."""
+class LocatedCrop(RandomCrop):
+    """A random crop with its geometry."""
 
-    def __init__(self, config: ImageSetConfig) -> None:
-        self.size, self.scale, self.flip = list(config.image_size), config.crop_scale, config.flip
-        self.interpolation = InterpolationMode(config.interpolation)
-
-    def __call__(self, image: Any) -> Located:
+    def __call__(self, image: Any) -> Located:  # type: ignore[override]
         """The view [3, H, W] and its place; random numbers come from torch's generator."""
-        box = draw_crop(image, self.scale)
-        view = functional.resized_crop(image, *box, self.size, self.interpolation)
-        flipped = draw_flip(self.flip)
-        return Located((_normalised(functional.hflip(view) if flipped else view),), geometry_of(box, image, flipped))
+        view, box, mirrored = self.located(image)
+        return Located((view,), geometry_of(box, image, mirrored))
 
 
 def crop_transform(config: TrainConfig) -> Transform:
-    """Random resized crop, flip, normalisation; with the place of the crop where parts are kept."""
-    return LocatedCrop(config) if config.keeps_parts else training_transform(config)
+    """Random resized crop and flip; with the place of the crop where parts are kept."""
+    return LocatedCrop(config) if config.keeps_parts else RandomCrop(config)
 
 
 class WholeImage:
-    """The whole image at the size of a view, normalised, its sides scaled each by itself; nothing is random."""
+    """The whole image at the size of a view, its sides scaled each by itself; nothing is random."""
 
     def __init__(self, config: ImageSetConfig) -> None:
-        self.size, self.interpolation = list(config.image_size), InterpolationMode(config.interpolation)
+        self.size, self.interpolation = config.image_size, config.interpolation
 
     def __call__(self, image: Any) -> Tensor:
-        """[3, H, W]."""
-        return _normalised(functional.resize(image, self.size, self.interpolation))
-
-
-def _normalised(image: Any) -> Tensor:
-    return functional.normalize(functional.to_tensor(image), list(IMAGENET_MEAN), list(IMAGENET_STD))
+        """uint8 [3, H, W]."""
+        return whole(image, self.size, self.interpolation)
 
 
 class LocatedSamples(Samples):
@@ -130,8 +96,10 @@ class LocatedSamples(Samples):
         whole: image -> [3, H, W] without randomness; None: whole images are never wanted.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int, repeat: int, whole: WholeImage | None) -> None:
-        super().__init__(source, transform, seed, repeat)
+    def __init__(
+        self, source: Source, transform: Transform, seed: int, repeat: int, whole: WholeImage | None, loader: Loader = "pil"
+    ) -> None:
+        super().__init__(source, transform, seed, repeat, loader)
         self.whole = whole
 
     def __getitem__(self, key: Any) -> tuple[Any, int, str, list[str]]:
@@ -139,7 +107,7 @@ class LocatedSamples(Samples):
         image, name, bad = self._readable(epoch, index)
         if image is None:
             return None, index, name, bad
-        with seeded(hash_seed(self.seed, epoch, index, Stream.AUGMENT)):
+        with self._draws(epoch, index):
             located: Located = self.transform(image)
         whole = self.whole(image) if self.whole is not None and (wanted or bad) else None
         place = -1 if bad else index % len(self.source)
@@ -183,7 +151,7 @@ def collate_located(samples: list[tuple[Any, int, str, list[str]]]) -> LocatedBa
     return LocatedBatch(
         **vars(plain),
         geometry=torch.stack([located.geometry for located in read]) if read else torch.zeros(0, GEOMETRY),
-        whole=torch.stack([whole for _, whole in wholes]) if wholes else None,
+        whole=stacked([whole for _, whole in wholes]) if wholes else None,
         whole_rows=[row for row, _ in wholes],
         places=[located.place for located in read],
     )
@@ -204,3 +172,12 @@ class MarkedBatches(RankBatches):
         for keys in super().__iter__():
             marks = self.wanted([index for _, index in keys])
             yield [(*key, mark) for key, mark in zip(keys, marks, strict=True)]
+
+
+def as_inputs(batch: Batch) -> Batch:
+    """A batch of bytes as the models take it: the first view and whole images normalised, the others as colours in 0..1."""
+    first, *others = batch.views
+    views = (normalise(first), *map(colours, others))
+    if isinstance(batch, LocatedBatch) and batch.whole is not None:
+        return replace(batch, views=views, whole=normalise(batch.whole))
+    return replace(batch, views=views)

@@ -117,7 +117,7 @@ def digest_names(source: Source) -> str:
     common = len(os.path.commonpath([min(map(source.name, places)), max(map(source.name, places))]))
     digest = hashlib.sha256(f"{len(source)}\n".encode())
     for place in places:
-        digest.update(f"{source.name(place)[common:]}\n".encode())
+        digest.update(os.fsencode(f"{source.name(place)[common:]}\n"))
     return digest.hexdigest()
 
 

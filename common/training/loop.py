@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.draws import Stream, hash_seed
 from common.models.block import compile_blocks
-from common.training.checkpoint import LAST, check_finite, save_atomically
+from common.training.checkpoint import LAST, check_finite, loader_of, save_atomically
+from common.training.config import Loader
 from common.training.data import Batch, RankBatches, Samples, check_usable, make_loader, some_of
 from common.training.errors import BadInput, NonFiniteLoss
 from common.training.interrupt import Interrupted, Interruption
@@ -118,9 +119,16 @@ class Loop:
         if self.task.ema is not None:
             self.task.ema.load_state_dict(state["ema"])
         self.task.load_state_dict(state)
+        self._take_loader(loader_of(state))
         self.first_epoch, self.first_update = state["epoch"] + 1, state["update"]
         self.meters = dict(state["meters"])
         self.log.say(f"resumed {path} at epoch {self.first_epoch}, update {self.first_update}")
+
+    def _take_loader(self, began: Loader) -> None:
+        """Goes on with the loader that the run began with."""
+        if self.samples.loader != began:
+            self.log.say(f"the run began with --loader {began} and goes on with it")
+        self.samples.loader = began
 
     def _wrapped(self) -> nn.Module:
         """The model as it is trained: compiled, and with gradients averaged over the ranks.
@@ -142,6 +150,7 @@ class Loop:
             "samples": len(self.samples), "updates_an_epoch": self.batches.updates, "updates": self.schedule.total_updates,
         }  # fmt: skip
         record = self.task.record()
+        numbers["loader"] = self.samples.loader
         numbers["preset"] = preset_record(self.config, record.get("mask"))
         facts = run_facts(self.config, self.processes, self.run.resumed_from, **numbers, **record, **self.task.facts)
         self.log.open(facts, self.first_epoch, self.first_epoch * self.batches.updates + self.first_update)
@@ -247,7 +256,7 @@ class Loop:
     def _next(self, stream: Iterator[Batch]) -> Batch:
         batch = next(stream)
         check_usable(batch)
-        return batch.to(self.device)
+        return self.task.receive(batch.to(self.device))
 
     def _backward(self, batch: Batch, prepared: Any, seen: Accumulated, last: bool) -> Tensor:
         """Adds this batch's gradient; ranks exchange gradients on the last accumulation step only."""
@@ -432,6 +441,7 @@ class Loop:
             "config": asdict(self.config),
             "effective_batch": self.batches.effective_batch,
             "samples": len(self.samples),
+            "loader": self.samples.loader,
             "facts": self.task.facts,
             **self.task.state_dict(),
         }

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from common.training.checkpoint import find_resume, read_checkpoint
-from common.training.config import RunConfig
+from common.training.config import ImageSetConfig, RunConfig
 from common.training.data import Batch, collate
-from common.training.distributed import Processes, start_processes
+from common.training.distributed import Processes, count_ranks, start_processes
 from common.training.errors import BadInput
 from common.training.lock import RunLock
 from common.training.optim import EncoderEMA
 from common.training.runlog import RunLog
+from common.training.sources import ImageSource, open_source
 
 Collate = Callable[[list[Any]], Batch]
 
@@ -86,6 +87,22 @@ def open_run(config: RunConfig, writes: bool = True) -> Iterator[Run]:
         processes.close()
 
 
+@contextmanager
+def open_data_run(config: RunConfig) -> Iterator[tuple[Run, ImageSource]]:
+    """A run and its images. A single process looks for them before device and output folder; of several the main one, for all.
+
+    Args:
+        config: of a command with named sets of images too.
+
+    Raises:
+        BadInput: see :func:`open_run` and :func:`common.training.sources.open_source`.
+    """
+    assert isinstance(config, ImageSetConfig)
+    alone = open_source(config) if count_ranks() == 1 else None
+    with open_run(config) as run:
+        yield run, alone or open_source(config, run.processes)
+
+
 @dataclass
 class Outcome:
     """What a finished run leaves.
@@ -108,9 +125,9 @@ class Task(ABC):
 
     In the order in which the loop calls them: :meth:`make_optimizer`; on resume :meth:`read_checkpoint`,
     :meth:`check_same_run` and :meth:`load_state_dict`; :meth:`record`, :meth:`title` and :meth:`notes`; for each epoch
-    :meth:`before_epoch`; for each batch :meth:`prepare` and :meth:`loss`; for an update :meth:`tallies`, once it is made
-    :meth:`after_update`, then :meth:`progress`;
-    after an epoch :meth:`after_epoch`, then :meth:`state_dict`; at the end :meth:`finish`.
+    :meth:`before_epoch`; for each batch :meth:`receive`, :meth:`prepare` and :meth:`loss`; for an update
+    :meth:`tallies`, once it is made :meth:`after_update`, then :meth:`progress`; after an epoch :meth:`after_epoch`,
+    then :meth:`state_dict`; at the end :meth:`finish`.
 
     Attributes:
         kind: what result.json says that it is the result of.
@@ -171,6 +188,10 @@ class Task(ABC):
 
     def before_epoch(self, epoch: int, update: int) -> None:  # noqa: B027 - many tasks prepare nothing
         """Called at the start of an epoch, also of one that is taken up at a later `update`."""
+
+    def receive(self, batch: Batch) -> Batch:
+        """The batch as training takes it, on the device: what need not be done by the loader's processes."""
+        return batch
 
     def prepare(self, batch: Batch, epoch: float) -> Any:
         """What :meth:`loss` needs besides the batch, made in full precision and without gradients.

@@ -21,7 +21,8 @@ from torchvision.transforms import InterpolationMode
 from common.training.config import ImageSetConfig
 from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Transform
 from common.training.errors import BadInput
-from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource, FileSource, ImageSource, read_idx, scan_images
+from common.training.listing import scan_images
+from common.training.sources import DEBIAN_FASHION_MNIST, ArraySource, FileSource, ImageSource, read_idx
 
 FASHION_CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -130,13 +131,13 @@ def _folder(config: ImageSetConfig, train: bool) -> LabelledImages:
     files = scan_images(folder)
     if files.loose:
         files.others["outside class folders"] += len(files.loose)
-        files.loose = []
+        files.loose = ()
     if not files.classes:
         raise BadInput(f"--data_path {config.data_path}: no class folders in {folder} (expected {folder.name}/<class>/*)")
-    if not files.images:
+    if not len(files):
         raise BadInput(f"--data_path {config.data_path}: no images in the class folders of {folder} ({files.passed_over()})")
     labels = [label for label, paths in enumerate(files.classes.values()) for _ in paths]
-    return LabelledImages(FileSource(files.images, files.summary()), labels, list(files.classes))
+    return LabelledImages(FileSource(files.names, files.summary()), labels, list(files.classes))
 
 
 def _named_set(kind: str, config: ImageSetConfig, train: bool) -> tuple[np.ndarray, Any, list[str]]:

@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional
 
 from common.training.data import IMAGENET_MEAN, IMAGENET_STD, Batch, RefusedSample
 from common.training.errors import BadInput
-from common.training.sources import described
+from common.training.listing import described
 from downstream.confusion import IGNORED
 
 SPLITS = ("training", "validation")

@@ -24,9 +24,10 @@ from beit_evolved.train_tokenizer import (
     vae_loss,
 )
 from common.draws import Stream, hash_seed
+from common.training.augment import RandomCrop, colours
 from common.training.checkpoint import LAST
 from common.training.command_line import parse_flags
-from common.training.data import RankBatches, Samples, colour_transform
+from common.training.data import RankBatches, Samples
 from common.training.distributed import Processes
 from common.training.errors import BadInput
 from common.training.loop import Loop
@@ -118,8 +119,11 @@ def old_layout(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_checkpoint_of_the_old_layout_goes_on(image_folder: Path, tmp_path: Path) -> None:
-    """To the same end as a run that never stopped; with other settings it is refused, and so is one without a state."""
-    whole = train(image_folder, tmp_path / "whole", "--save_freq 1")
+    """To the same end as a run that never stopped; with other settings it is refused, and so is one without a state.
+
+    Of those times is PIL as the loader.
+    """
+    whole = train(image_folder, tmp_path / "whole", "--save_freq 1 --loader pil")
     old = tmp_path / "old" / LAST
     old.parent.mkdir()
     torch.save(old_layout(torch.load(whole / "checkpoint-1.pth", weights_only=True)), old)
@@ -154,7 +158,7 @@ def test_two_processes_average_their_gradients(image_folder: Path, tmp_path: Pat
 
 def plain_loop(config: TokenizerConfig) -> tuple[list[float], DiscreteVAE]:
     """Losses of the epochs of a run of two ranks, written out: no processes, no loop of the project."""
-    samples = Samples(open_source(config), colour_transform(config), config.seed, config.repeat)
+    samples = Samples(open_source(config), RandomCrop(config), config.seed, config.repeat, "torchvision")
     order = [RankBatches(len(samples), config, Processes(rank, 2, rank, torch.device("cpu"))) for rank in (0, 1)]
     torch.manual_seed(config.seed)
     model = DiscreteVAE(config.vocabulary, config.code_width, config.layers, config.width)
@@ -169,7 +173,7 @@ def plain_loop(config: TokenizerConfig) -> tuple[list[float], DiscreteVAE]:
             optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * share)) / 2  # type: ignore[operator]
             for rank in (0, 1):
                 torch.manual_seed(hash_seed(config.seed, epoch, 2 * update + rank, Stream.MODEL))
-                images = torch.stack([samples[key][0][0] for key in keys[rank]])  # type: ignore[index]
+                images = colours(torch.stack([samples[key][0][0] for key in keys[rank]]))  # type: ignore[index]
                 loss, _ = vae_loss(model, images, temperature_at(share, config.temperature), 0.0, config.usage_weight)
                 (loss / 2).backward()
                 total += float(loss.detach()) / 2

@@ -28,7 +28,8 @@ from common.training.data import (
 )
 from common.training.distributed import Processes
 from common.training.errors import BadInput, RankError
-from common.training.sources import DEBIAN_FASHION_MNIST, PHOTOS, FileSource, find_images, open_source, read_idx_images
+from common.training.listing import find_images
+from common.training.sources import DEBIAN_FASHION_MNIST, PHOTOS, FileSource, open_source, read_idx_images
 from tests.conftest import write_images
 
 CPU = torch.device("cpu")

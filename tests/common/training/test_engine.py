@@ -89,6 +89,30 @@ def test_a_run_that_began_under_other_defaults_goes_on_with_them(
     assert sorted(said.split()) == sorted(then.split())
 
 
+def test_a_run_older_than_the_loader_goes_on_with_pil(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoint says no loader: it ends as with PIL throughout, to the bit, and its next checkpoint says PIL."""
+    short = "--epochs 2"
+    whole = train("whole", f"{short} --loader pil")
+    with monkeypatch.context() as patch:
+        stop_at_epoch(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts", f"{short} --loader pil")
+    last = whole.parent / "parts" / LAST
+    written = torch.load(last, weights_only=True)
+    del written["loader"], written["config"]["loader"]
+    torch.save(written, last)
+    with pytest.raises(BadInput, match=r"made with other settings: --loader pil -> torchvision \(--resume none"):
+        train("parts", f"{short} --loader torchvision")
+    parts = train("parts", short)
+    assert "the run began with --loader pil and goes on with it" in capsys.readouterr().out
+    assert_same(trained_state(whole), trained_state(parts))
+    assert read_log(whole) == read_log(parts)
+    assert torch.load(last, weights_only=True)["loader"] == "pil"
+    assert torch.load(train("none", f"{short} --resume none") / LAST, weights_only=True)["loader"] == "torchvision"
+
+
 def test_resume_in_the_middle_of_an_epoch(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """--save_steps: cut off after update 3 of 4 of epoch 1, a run goes on from update 2 and ends the same."""
     whole = train("whole")
