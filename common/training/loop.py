@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.draws import Stream, hash_seed
 from common.models.block import compile_blocks
-from common.training.checkpoint import LAST, check_finite, save_atomically
+from common.training.checkpoint import FORMAT, LAST, PREVIOUS, check_finite, save_atomically, upgraded
 from common.training.data import Batch, RankBatches, Samples, check_usable, make_loader, some_of
 from common.training.errors import BadInput, NonFiniteLoss
+from common.training.files import NoRoom
 from common.training.interrupt import Interrupted, Interruption
 from common.training.optim import Schedule, absolute_lr
 from common.training.pace import Pace
@@ -107,7 +108,7 @@ class Loop:
     # --- start ---
 
     def _load_checkpoint(self, path: Path) -> None:
-        state = self.task.read_checkpoint(path)
+        state = upgraded(self.task.read_checkpoint(path), path)
         self.task.check_same_run(state, path, self.batches.effective_batch, len(self.samples))
         if state["facts"] != self.task.facts:
             raise BadInput(f"checkpoint {path}: made with {state['facts']}, this run has {self.task.facts}")
@@ -413,7 +414,12 @@ class Loop:
     def _write(self, path: Path, epoch: int, update: int) -> None:
         self._check_lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(self._state(epoch, update), path)
+        try:
+            save_atomically(self._state(epoch, update), path, path.with_name(PREVIOUS) if path.name == LAST else None)
+        except NoRoom as error:
+            if self.config.on_full_disk == "stop" or self.asked_to_stop:
+                raise
+            self.log.say(f"{error}; training goes on (--on_full_disk continue)")
 
     def _check_lock(self) -> None:
         """Raises BadInput if another run has taken the folder over: nothing more is written there."""
@@ -433,6 +439,7 @@ class Loop:
             "effective_batch": self.batches.effective_batch,
             "samples": len(self.samples),
             "facts": self.task.facts,
+            "format": FORMAT,
             **self.task.state_dict(),
         }
 
