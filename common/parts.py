@@ -721,8 +721,20 @@ def _check_start(labels: Tensor, rows: Tensor, num_parts: int) -> None:
         raise ValueError(f"start_labels must be {list(rows.shape[:2])} in 0..{num_parts - 1}, got {list(labels.shape)}")
 
 
+class NonFiniteGraph(ValueError):
+    """What an encoder gave for the mask has NaN or infinite entries.
+
+    Attributes:
+        images: whose.
+    """
+
+    def __init__(self, message: str, images: list[int]) -> None:
+        super().__init__(message)
+        self.images = images
+
+
 def check_graph(graph: Tensor, images: Tensor | None = None, name: str = "patch graph") -> None:
-    """Raises ValueError for NaN or infinite entries, naming the images.
+    """Raises NonFiniteGraph for NaN or infinite entries, naming the images.
 
     Args:
         graph: [B, N, D], or any other numbers of B images.
@@ -733,4 +745,5 @@ def check_graph(graph: Tensor, images: Tensor | None = None, name: str = "patch 
     if not bool(finite.all()):
         wrong = (~finite).nonzero()[:, 0]
         named = (wrong if images is None else images[wrong]).tolist()
-        raise ValueError(f"the {name} of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)")
+        message = f"the {name} of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)"
+        raise NonFiniteGraph(message, named)

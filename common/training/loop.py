@@ -48,12 +48,14 @@ class Accumulated:
         names: files of each step.
         unreadable: a line for each image that could not be read.
         terms: name -> mean over the steps, where the loss has named terms.
+        broken: what was NaN or infinite before there was a loss, a line each.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     terms: dict[str, float] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -239,9 +241,12 @@ class Loop:
             watch.lap("data", host=True)
             prepared = self.task.prepare(batch, epoch)
             watch.lap("mask")
-            seen.losses.append(self._backward(batch, prepared, seen, last=step == self.config.accum_iter - 1))
+            broken, places = self.task.nonfinite()
+            loss = self._backward(batch, prepared, seen, last=step == self.config.accum_iter - 1)
             watch.lap("model")
-            seen.names.append(batch.names)
+            seen.losses.append(loss.new_tensor(math.nan) if broken else loss)  # which ends the run on every rank
+            seen.names.append(batch.names if places is None else [batch.names[place] for place in places])
+            seen.broken += [broken] if broken else []
             seen.unreadable += batch.bad
         return seen
 
@@ -323,6 +328,9 @@ class Loop:
         images = self._suspects(seen)
         path = self._save(BEFORE_FAILURE, epoch - 1, update)
         loss, norm = numbers.loss, numbers.grad_norm
+        broken = [line for rank in self.processes.gather(seen.broken) for line in rank]
+        if broken:
+            raise NonFiniteLoss(f"{broken[0]} {place}; state before it: {path}; images: {some_of(images)}")
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient norm became {norm} (loss {loss:.4f})"
         raise NonFiniteLoss(f"{what} {place}; state before it: {path}; images: {some_of(images)}")
 

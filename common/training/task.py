@@ -200,6 +200,13 @@ class Task(ABC):
         """
         return None
 
+    def nonfinite(self) -> tuple[str, list[int] | None]:
+        """What :meth:`prepare` found NaN or infinite in the last batch ("": nothing), and in which of its images if it is known.
+
+        `prepare` goes on with something finite then, so that all ranks reach the end of the update together.
+        """
+        return "", None
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, prepared: Any) -> Tensor | dict[str, Tensor]:
         """Mean over the batch, computed in the precision of the run.
