@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .draws import uniform_numbers
+from .precision import full_precision
 
 Estimator = Literal["gaussian", "vmf"]
 Covariance = Literal["diagonal", "spherical", "full"]
@@ -219,7 +220,7 @@ def fit_parts(
     _check_grid(graph.shape[1], grid_size, options.smooth)
     if check_finite:
         check_graph(graph)
-    with torch.autocast(device_type=graph.device.type, enabled=False):
+    with full_precision(graph.device):
         rows, center, scale = _standardise(graph, options)
         density = _density(rows, options)
         if start_labels is not None:
