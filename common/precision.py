@@ -22,7 +22,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _no_reduced_products() -> Iterator[None]:
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch before 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
