@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .precision import full_precision
+
 Heads = Literal["mean", "concat", "select"]
 
 
@@ -29,7 +31,7 @@ def cosine_similarity(rows: Tensor) -> Tensor:
         float32 [..., N, N], also under autocast.
     """
     length = rows.norm(dim=-1, keepdim=True)
-    with torch.autocast(device_type=rows.device.type, enabled=False):
+    with full_precision(rows.device):
         unit = rows / torch.where(length > 0, length, 1.0)
         return unit @ unit.transpose(-2, -1)
 

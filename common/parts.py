@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .draws import uniform_numbers
+from .precision import full_precision
 
 Estimator = Literal["gaussian", "vmf"]
 Covariance = Literal["diagonal", "spherical", "full"]
@@ -219,7 +220,7 @@ def fit_parts(
     _check_grid(graph.shape[1], grid_size, options.smooth)
     if check_finite:
         check_graph(graph)
-    with torch.autocast(device_type=graph.device.type, enabled=False):
+    with full_precision(graph.device):
         rows, center, scale = _standardise(graph, options)
         density = _density(rows, options)
         if start_labels is not None:
@@ -721,8 +722,20 @@ def _check_start(labels: Tensor, rows: Tensor, num_parts: int) -> None:
         raise ValueError(f"start_labels must be {list(rows.shape[:2])} in 0..{num_parts - 1}, got {list(labels.shape)}")
 
 
+class NonFiniteGraph(ValueError):
+    """What an encoder gave for the mask has NaN or infinite entries.
+
+    Attributes:
+        images: whose.
+    """
+
+    def __init__(self, message: str, images: list[int]) -> None:
+        super().__init__(message)
+        self.images = images
+
+
 def check_graph(graph: Tensor, images: Tensor | None = None, name: str = "patch graph") -> None:
-    """Raises ValueError for NaN or infinite entries, naming the images.
+    """Raises NonFiniteGraph for NaN or infinite entries, naming the images.
 
     Args:
         graph: [B, N, D], or any other numbers of B images.
@@ -733,4 +746,5 @@ def check_graph(graph: Tensor, images: Tensor | None = None, name: str = "patch 
     if not bool(finite.all()):
         wrong = (~finite).nonzero()[:, 0]
         named = (wrong if images is None else images[wrong]).tolist()
-        raise ValueError(f"the {name} of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)")
+        message = f"the {name} of image {named[0]} has NaN or infinite entries (images {named[:8]} of the batch)"
+        raise NonFiniteGraph(message, named)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.models.names import patch_size_of
-from common.training.checkpoint import FREE_TO_CHANGE, check_finite, check_same_settings, differences, find_resume
+from common.training.checkpoint import FREE_TO_CHANGE, check_finite, check_same_settings, differences, find_resume, upgraded
 from common.training.command_line import Count, parse_flags
 from common.training.config import AdamWConfig, RunConfig, option, with_default
 from common.training.data import Batch, RankBatches, Refusal, Samples, Transform, collate, make_loader, some_of
@@ -280,7 +280,7 @@ class SupervisedTask(Task):
             self._draw(scores)
 
     def _load_weights(self, path: Path) -> None:
-        state = self.read_checkpoint(path)
+        state = upgraded(self.read_checkpoint(path), path)
         self.check_same_run(state, path, 0, 0)  # batch and samples are not looked at
         kept = {"validation_images"}  # another validation set may be evaluated
         if any(state["facts"].get(key) != value for key, value in self.facts.items() if key not in kept):

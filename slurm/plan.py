@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.mask_config import MaskConfig
-from common.training.checkpoint import check_same_run, find_resume, read_checkpoint
+from common.training.checkpoint import check_same_run, find_resume, read_checkpoint, upgraded
 from common.training.command_line import parse_arguments, parse_flags
 from common.training.config import ImageSetConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput, Parser, run_cli
@@ -222,7 +222,7 @@ def check_checkpoint(module: str, config: RunConfig, mask_config: MaskConfig | N
     path = find_resume(config)
     if path is None:
         return
-    state = read_checkpoint(path)
+    state = upgraded(read_checkpoint(path), path)
     if isinstance(config, TrainConfig) and mask_config is not None:
         check_same_run(state, path, config, mask_config, effective_batch, state.get("samples", 0))
     elif isinstance(config, TaskConfig):

@@ -13,12 +13,17 @@ move both ways):
     effective_batch, samples   images an update, and samples an epoch
     loader                     what decodes and crops: pil (also where it is not said), or torchvision
     facts                      what the targets depend on besides (which tokenizer)
+    format                     number of this layout; a state without it is of format 1
+
+A change that an older state does not go along with gets the next number and a step in MIGRATIONS. A new flag needs neither: in
+an older state it counts as its default.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -30,16 +35,24 @@ from common import states
 from common.mask_config import MaskConfig
 from common.training.config import Loader, OutputConfig, RunConfig, TrainConfig
 from common.training.errors import BadInput
-from common.training.files import require_room, written_whole
+from common.training.files import NoRoom, require_room, written_whole
 from common.training.safe_load import safe_load
 
 LAST = "checkpoint-last.pth"
+PREVIOUS = "checkpoint-previous.pth"
+"""The last one before LAST, for the day that LAST cannot be read."""
+
+FORMAT = 2
+"""Of what is written now."""
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda state: state}
+"""Format -> how its state becomes one of the next format. From 1 to 2 nothing was renamed or removed."""
 
 FREE_TO_CHANGE = frozenset(
     (
         *("data_path", "download", "num_workers", "pin_mem", "on_bad_image", "batch_size", "accum_iter", "device", "compile"),
         *("output_dir", "log_dir", "resume", "init_from", "save_freq", "save_steps", "picture_epochs", "picture_images"),
-        *("dist_timeout", "preset", "preset_chose"),  # what the preset chose is compared flag by flag
+        *("dist_timeout", "on_full_disk", "preset", "preset_chose"),  # what the preset chose is compared flag by flag
         "tokenizer",  # its content is checked instead, as one of the method's facts
         "loader",  # compared with what the run really used
     )
@@ -47,17 +60,28 @@ FREE_TO_CHANGE = frozenset(
 """Flags that a resumed run may change: what they say does not alter the weights of the run, or is checked apart."""
 
 
-def save_atomically(state: dict[str, Any], path: Path) -> None:
+def save_atomically(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """Writes `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed.
 
+    Args:
+        previous: where the checkpoint that is `path` until then is kept. It goes first where there is no room for both.
+
     Raises:
-        BadInput: the disk has no room for it, found before or while it is written.
+        NoRoom: found before or while it is written.
     """
+    try:
+        _save(state, path, previous)
+    except NoRoom:
+        if previous is None or not previous.exists():
+            raise
+        previous.unlink()
+        _save(state, path, None)
+
+
+def _save(state: dict[str, Any], path: Path, previous: Path | None) -> None:
     require_room(path, count_bytes(state))
-    with written_whole(path) as file:
+    with written_whole(path, previous) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def count_bytes(state: Any) -> int:
@@ -105,15 +129,50 @@ def find_resume(config: OutputConfig) -> Path | None:
     """The checkpoint that a run continues. The first that applies:
 
     1. --resume PATH: that file; it must exist.
-    2. --resume auto: <output_dir>/checkpoint-last.pth, if it exists.
+    2. --resume auto: <output_dir>/checkpoint-last.pth, if it exists; if that is damaged, the newest other one that is not:
+       checkpoint-previous.pth, then the numbered ones.
     3. --resume none, or auto without such a file: a new run, from --init_from's weights if given, else random ones.
+
+    Damage that is looked for here is that of a file cut short or overwritten (:func:`is_whole`).
     """
     if config.resume == "none":
         return None
     if config.resume != "auto":
         return Path(config.resume)
-    last = Path(config.output_dir) / LAST
-    return last if last.exists() else None
+    candidates = resumable(config)
+    return next((path for path in candidates if is_whole(path)), candidates[0]) if candidates else None
+
+
+def resumable(config: OutputConfig) -> list[Path]:
+    """What --resume auto can continue, in the order of preference; nothing where there is no last checkpoint."""
+    folder = Path(config.output_dir)
+    names = {path: re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in folder.glob("checkpoint-*.pth")}
+    numbered = {int(name[1]): path for path, name in names.items() if name}
+    others = [folder / PREVIOUS, *(numbered[epoch] for epoch in sorted(numbered, reverse=True))]
+    return [path for path in (folder / LAST, *others) if path.exists()] if (folder / LAST).exists() else []
+
+
+def is_whole(path: Path, every_byte: bool = False) -> bool:
+    """Whether a file of torch.save has its end, where its table of contents is, or with `every_byte` all of its check sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return not every_byte or archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError):
+        return False
+
+
+def upgraded(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A state to resume in the present format.
+
+    Raises:
+        BadInput: of a later format than this version knows.
+    """
+    number = state.get("format", 1)
+    if number > FORMAT:
+        raise BadInput(f"checkpoint {path}: is of format {number}, this version reads up to {FORMAT}: use the one that wrote it")
+    for step in range(number, FORMAT):
+        state = MIGRATIONS[step](state)
+    return state
 
 
 def check_same_run(

@@ -263,7 +263,13 @@ class OutputConfig(Flags):
     log_dir: str = option("", "TensorBoard events; default: <output_dir>/tensorboard", group="run")
     resume: str = option(
         "auto",
-        "auto: continue <output_dir>/checkpoint-last.pth if there is one; none: start anew; or a checkpoint's path",
+        "auto: continue <output_dir>/checkpoint-last.pth if there is one (the one before it if that is damaged); none: start "
+        "anew; or a checkpoint's path",
+        group="run",
+    )
+    on_full_disk: Literal["stop", "continue"] = option(
+        "stop",
+        "no room for a checkpoint: stop with the last one intact, or train on and try again at the next",
         group="run",
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="run")

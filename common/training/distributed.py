@@ -7,13 +7,15 @@ import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from common.training.errors import BadInput
+
+T = TypeVar("T")
 
 SLURM_PORTS = range(20000, 30000)
 """Where the rendezvous of a Slurm job listens unless MASTER_PORT says otherwise: one of these, by the job's number."""
@@ -63,17 +65,22 @@ class Processes:
             for value in values:
                 dist.broadcast(value, 0)
 
-    def on_main(self, work: Callable[[], None]) -> None:
-        """Runs `work` on the main rank while the others wait; its BadInput is raised on all ranks, which then end together."""
-        refusal = ""
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the main rank, a plain object, while the others wait; its BadInput is raised on all ranks, which
+        then end together."""
+        if self.world == 1:
+            return work()
+        answer: list[Any] = [None, ""]
         if self.is_main:
             try:
-                work()
+                answer[0] = work()
             except BadInput as error:
-                refusal = str(error)
-        refusal = self.gather(refusal)[0]
-        if refusal:
-            raise BadInput(refusal)
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, 0, device=self.device if self.device.type == "cuda" else None)
+        if answer[1]:
+            raise BadInput(answer[1])
+        result: T = answer[0]
+        return result
 
     def barrier(self) -> None:
         """Waits for all ranks."""

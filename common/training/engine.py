@@ -23,6 +23,7 @@ from common.draws import SampleDraws, Stream
 from common.evolved_mask import AttentionFn, EvolvedMask, MaskBatch
 from common.mask_config import MaskConfig
 from common.masks import share_of_masked
+from common.parts import NonFiniteGraph
 from common.signals import Graph
 from common.training.checkpoint import check_same_run, load_weights
 from common.training.config import TrainConfig
@@ -158,6 +159,7 @@ class PretrainingTask(Task):
             self.collate = collate_located
         self.model, self.facts = method.model.to(run.device), method.facts
         self.last_loss, self.began = math.nan, False
+        self.broken: NonFiniteGraph | None = None  # why the last batch has no masks of its own
         self.skipped = torch.zeros((), dtype=torch.int64, device=run.device)  # images whose mask needed no attention
         if run.resumed_from is None and config.init_from:
             run.log.say(load_weights(self.model, Path(config.init_from), method.may_miss))
@@ -224,6 +226,25 @@ class PretrainingTask(Task):
 
     def prepare(self, batch: Batch, epoch: float) -> MaskBatch:
         """The masks of a batch, from one pass of the encoder over the images whose mask needs it, or from kept parts."""
+        self.broken = None
+        try:
+            return self._masks(batch)
+        except NonFiniteGraph as error:
+            self.broken = error
+            mask = torch.zeros(len(batch.images), self.mask.num_patches, dtype=torch.bool, device=batch.images.device)
+            mask[:, : self.mask.num_masked] = True  # any: this update ends the run
+            no_parts = torch.full_like(mask, -1, dtype=torch.int64)
+            return MaskBatch(mask, no_parts, self.mask.alpha, self.mask.num_parts, ~mask[:, 0])
+
+    def nonfinite(self) -> tuple[str, list[int] | None]:
+        if self.broken is None:
+            return "", None
+        return (
+            f"{self.mask_config.graph} of the encoder became NaN or infinite",
+            self.broken.images if self.kept is None else None,
+        )
+
+    def _masks(self, batch: Batch) -> MaskBatch:
         with self._attention_pass() as attention_fn:
             if self.kept is None:
                 masks = self.mask(batch.images, attention_fn, batch.sample_ids)

@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.draws import Stream, hash_seed
 from common.models.block import compile_blocks
-from common.training.checkpoint import LAST, check_finite, loader_of, save_atomically
+from common.training.checkpoint import FORMAT, LAST, PREVIOUS, check_finite, loader_of, save_atomically, upgraded
 from common.training.config import Loader
 from common.training.data import Batch, RankBatches, Samples, check_usable, make_loader, some_of
 from common.training.errors import BadInput, NonFiniteLoss
+from common.training.files import NoRoom
 from common.training.interrupt import Interrupted, Interruption
 from common.training.optim import Schedule, absolute_lr
 from common.training.pace import Pace
@@ -48,12 +49,14 @@ class Accumulated:
         names: files of each step.
         unreadable: a line for each image that could not be read.
         terms: name -> mean over the steps, where the loss has named terms.
+        broken: what was NaN or infinite before there was a loss, a line each.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     terms: dict[str, float] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Loop:
     # --- start ---
 
     def _load_checkpoint(self, path: Path) -> None:
-        state = self.task.read_checkpoint(path)
+        state = upgraded(self.task.read_checkpoint(path), path)
         self.task.check_same_run(state, path, self.batches.effective_batch, len(self.samples))
         if state["facts"] != self.task.facts:
             raise BadInput(f"checkpoint {path}: made with {state['facts']}, this run has {self.task.facts}")
@@ -247,9 +250,12 @@ class Loop:
             watch.lap("data", host=True)
             prepared = self.task.prepare(batch, epoch)
             watch.lap("mask")
-            seen.losses.append(self._backward(batch, prepared, seen, last=step == self.config.accum_iter - 1))
+            broken, places = self.task.nonfinite()
+            loss = self._backward(batch, prepared, seen, last=step == self.config.accum_iter - 1)
             watch.lap("model")
-            seen.names.append(batch.names)
+            seen.losses.append(loss.new_tensor(math.nan) if broken else loss)  # which ends the run on every rank
+            seen.names.append(batch.names if places is None else [batch.names[place] for place in places])
+            seen.broken += [broken] if broken else []
             seen.unreadable += batch.bad
         return seen
 
@@ -331,6 +337,9 @@ class Loop:
         images = self._suspects(seen)
         path = self._save(BEFORE_FAILURE, epoch - 1, update)
         loss, norm = numbers.loss, numbers.grad_norm
+        broken = [line for rank in self.processes.gather(seen.broken) for line in rank]
+        if broken:
+            raise NonFiniteLoss(f"{broken[0]} {place}; state before it: {path}; images: {some_of(images)}")
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient norm became {norm} (loss {loss:.4f})"
         raise NonFiniteLoss(f"{what} {place}; state before it: {path}; images: {some_of(images)}")
 
@@ -422,7 +431,12 @@ class Loop:
     def _write(self, path: Path, epoch: int, update: int) -> None:
         self._check_lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(self._state(epoch, update), path)
+        try:
+            save_atomically(self._state(epoch, update), path, path.with_name(PREVIOUS) if path.name == LAST else None)
+        except NoRoom as error:
+            if self.config.on_full_disk == "stop" or self.asked_to_stop:
+                raise
+            self.log.say(f"{error}; training goes on (--on_full_disk continue)")
 
     def _check_lock(self) -> None:
         """Raises BadInput if another run has taken the folder over: nothing more is written there."""
@@ -443,6 +457,7 @@ class Loop:
             "samples": len(self.samples),
             "loader": self.samples.loader,
             "facts": self.task.facts,
+            "format": FORMAT,
             **self.task.state_dict(),
         }
 

@@ -21,7 +21,7 @@ from common.mask_config import MaskConfig
 from common.training.config import RunConfig
 from common.training.distributed import Processes
 from common.training.errors import BadInput
-from common.training.files import find_no_room, no_room, written_whole
+from common.training.files import NoRoom, find_no_room, no_room, written_whole
 from common.training.pace import Pace
 
 RESULT = "result.json"
@@ -38,7 +38,8 @@ class RunLog:
         self.tensorboard_folder = Path(config.log_dir) if config.log_dir else self.folder / "tensorboard"
         self.active = processes.is_main
         self.update = 0  # updates of the run that are done, as far as the loop has told
-        self.writer: SummaryWriter | None = None
+        self.events = Events(self.tensorboard_folder, self.say)
+        self.waiting: list[str] = []  # lines of epochs for which log.txt had no room
 
     def open(self, facts: dict[str, Any], first_epoch: int, first_update: int) -> None:
         """Starts or continues the log: lines of epochs that will be run again are dropped."""
@@ -50,34 +51,58 @@ class RunLog:
             raise BadInput(f"--output_dir {self.folder}: {error.strerror}") from None
         self._write_run_json(facts)
         log = self.folder / "log.txt"
-        kept = [line for line in self.lines() if line["epoch"] < first_epoch]
+        entries, damaged = self._read()
+        if damaged:
+            numbers = ", ".join(map(str, damaged))
+            self.say(f"{log}: dropped what cannot be read, as where a process or a machine ended while it wrote: line {numbers}")
+        kept = [line for line in entries if line["epoch"] < first_epoch]
         write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
-        self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=first_update)
+        self.events.open(first_update)
 
     def lines(self) -> list[dict[str, Any]]:
-        """The epochs in log.txt; a last line that was cut off by the end of a process is none."""
+        """The epochs in log.txt that can be read."""
+        return self._read()[0]
+
+    def _read(self) -> tuple[list[dict[str, Any]], list[int]]:
+        """The epochs in log.txt, and the numbers of lines that are none."""
         log = self.folder / "log.txt"
-        whole = log.read_text().rpartition("\n")[0] if log.exists() else ""
-        return [json.loads(line) for line in whole.splitlines()]
+        text = log.read_bytes().decode(errors="replace") if log.exists() else ""
+        entries, damaged = [], []
+        for number, line in enumerate(text.splitlines(), 1):
+            entry = _epoch_of(line)
+            if entry is None:
+                damaged.append(number)
+            else:
+                entries.append(entry)
+        return entries, damaged
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """Appends the epoch's line, and its numbers to TensorBoard at `update`."""
+        """Appends the epoch's line, on the disk when this returns, and gives its numbers to TensorBoard at `update`.
+
+        A disk without room does not stop a run: lines wait in memory for the next epoch.
+        """
         if not self.active:
             return
-        _append(self.folder / "log.txt", json.dumps(line) + "\n")
+        self.waiting.append(json.dumps(line) + "\n")
+        self._write_waiting()
         for key, value in line.items():
             if isinstance(value, (int, float)):
                 self.scalar(f"epoch/{key}", value, self.update)
 
+    def _write_waiting(self) -> None:
+        try:
+            _append(self.folder / "log.txt", "".join(self.waiting))
+            self.waiting.clear()
+        except NoRoom as error:
+            self.say(f"{error}; the line waits in memory, and training goes on")
+
     def scalar(self, name: str, value: float, update: int) -> None:
         """A number for TensorBoard."""
-        if self.writer:
-            self.writer.add_scalar(name, value, update)
+        self.events.write(lambda writer: writer.add_scalar(name, value, update))
 
     def image(self, name: str, picture: Any) -> None:
         """A picture [H, W, 3] uint8 for TensorBoard, at `update`."""
-        if self.writer:
-            self.writer.add_image(name, picture, self.update, dataformats="HWC")
+        self.events.write(lambda writer: writer.add_image(name, picture, self.update, dataformats="HWC"))
 
     def forget_result(self) -> None:
         """Removes the result of an earlier run in this folder: called when there is something left to train."""
@@ -93,9 +118,10 @@ class RunLog:
         return path
 
     def close(self) -> None:
-        """Flushes the events."""
-        if self.writer:
-            self.writer.close()
+        """Flushes the events, and lines for which there was no room."""
+        if self.waiting:
+            self._write_waiting()
+        self.events.close()
 
     def say(self, text: str) -> None:
         """A line for the user, without breaking the progress bar."""
@@ -108,10 +134,59 @@ class RunLog:
         """The first start is kept; every later one is added to `resumed`."""
         path = self.folder / "run.json"
         if path.exists() and facts["resumed_from"]:
-            first = json.loads(path.read_text())
-            first.setdefault("resumed", []).append(facts)
-            facts = first
+            try:
+                first = json.loads(path.read_text())
+            except ValueError:
+                self.say(f"{path}: is damaged, and written anew; what the first start was is lost")
+            else:
+                first.setdefault("resumed", []).append(facts)
+                facts = first
         write_text(path, json.dumps(facts, indent=2) + "\n")
+
+
+class Events:
+    """TensorBoard's file of a run. Whatever becomes of it, the run goes on: said once, and tried again in a new file.
+
+    Args:
+        folder: for TensorBoard.
+        say: tells the user.
+    """
+
+    TRIES = 3
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder, say
+        self.writer: SummaryWriter | None = None
+        self.failures = 0
+
+    def open(self, first_update: int | None) -> None:
+        """Starts a file in which events before `first_update` count, and later ones of older files do not."""
+        self._guarded(lambda: self._open(first_update))
+
+    def _open(self, first_update: int | None) -> None:
+        self.writer = SummaryWriter(str(self.folder), purge_step=first_update)
+
+    def write(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Writes if there is a file."""
+        writer = self.writer
+        if writer is not None and not self._guarded(lambda: write(writer)) and self.failures < self.TRIES:
+            self.open(None)
+
+    def close(self) -> None:
+        """Puts what was written on the disk."""
+        if self.writer is not None:
+            self._guarded(self.writer.close)
+
+    def _guarded(self, work: Callable[[], None]) -> bool:
+        try:
+            work()
+        except OSError as error:  # of the thread that writes, told at the next call
+            self.writer = None
+            self.failures += 1
+            if self.failures == 1:
+                self.say(f"TensorBoard: events are lost ({error.strerror}: {error.filename}); training goes on")
+            return False
+        return True
 
 
 def run_facts(
@@ -205,16 +280,27 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _epoch_of(line: str) -> dict[str, Any] | None:
+    """A line of log.txt; None if it is none."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("epoch"), int) else None
+
+
 def _append(path: Path, text: str) -> None:
-    """All of `text` at the end of a file, or nothing of it.
+    """All of `text` at the end of a file, and on the disk, or nothing of it.
 
     Raises:
-        BadInput: the disk is full.
+        NoRoom: the disk is full.
     """
     length = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         os.truncate(path, length)
         if find_no_room(error) is None:

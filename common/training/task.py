@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.training.checkpoint import find_resume, read_checkpoint
+from common.training.checkpoint import find_resume, is_whole, read_checkpoint, resumable
 from common.training.config import ImageSetConfig, RunConfig
 from common.training.data import Batch, collate
 from common.training.distributed import Processes, count_ranks, start_processes
@@ -44,7 +44,7 @@ class Run:
         self.lock = lock
         self.precision = choose_precision(config, self.device)
         self.log = RunLog(config, processes)
-        self.resumed_from = find_resume(config)
+        self.resumed_from = processes.on_main(lambda: choose_resume(config, self.log.say))
 
     @property
     def output(self) -> Path:
@@ -60,6 +60,26 @@ class Run:
         """The precision of the run; graphs, losses and statistics that need more leave it by themselves."""
         lower = self.precision != torch.float32
         return torch.autocast(self.device.type, dtype=self.precision if lower else None, enabled=lower)
+
+
+def choose_resume(config: RunConfig, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that the run goes on from, chosen by one rank for all, every byte of it checked; says what is damaged.
+
+    Raises:
+        BadInput: all that could be continued are damaged.
+    """
+    if config.resume != "auto":
+        return find_resume(config)
+    damaged: list[Path] = []
+    for path in resumable(config):
+        if is_whole(path, every_byte=True):
+            if damaged:
+                say(f"damaged, so {path.name} is continued in its place: {', '.join(map(str, damaged))}")
+            return path
+        damaged.append(path)
+    if damaged:
+        raise BadInput(f"checkpoint {damaged[0]}: is damaged, and no other one there is whole (--resume none starts anew)")
+    return None
 
 
 @contextmanager
@@ -153,7 +173,7 @@ class Task(ABC):
         """The optimiser, `lr` being the rate after the warm-up; groups may have a factor `lr_scale`."""
 
     def read_checkpoint(self, path: Path) -> dict[str, Any]:
-        """The state in `path` in the present layout (common/training/checkpoint.py)."""
+        """The state in `path`, in a layout of common/training/checkpoint.py."""
         return read_checkpoint(path)
 
     @abstractmethod
@@ -200,6 +220,13 @@ class Task(ABC):
             epoch: where the run stands, with the share of the epoch that is done.
         """
         return None
+
+    def nonfinite(self) -> tuple[str, list[int] | None]:
+        """What :meth:`prepare` found NaN or infinite in the last batch ("": nothing), and in which of its images if it is known.
+
+        `prepare` goes on with something finite then, so that all ranks reach the end of the update together.
+        """
+        return "", None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, prepared: Any) -> Tensor | dict[str, Tensor]:
