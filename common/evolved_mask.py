@@ -14,7 +14,8 @@
 Each equation is one function, and EvolvedMask calls these functions and no others. What is random in one is decided by
 `uniforms`, numbers in [0, 1) that the caller hands in, or is drawn from `generator`; the results lie where the tensors
 lie, whatever the generator's device. Eq. 7 is in attention.py, other signals than attention in signals.py, Eq. 10-16
-in parts.py, the strategies of other papers in masks.py and cited_masks.py, every option in mask_config.py.
+in parts.py, the strategies of other papers in masks.py and cited_masks.py, every option in mask_config.py, checks and the
+saved state in mask_state.py.
 
 B batch (images)   H, W patch grid   N = H*W patches   K parts   h heads   m masked patches   T epochs
 """
@@ -22,11 +23,9 @@ B batch (images)   H, W patch grid   N = H*W patches   K parts   h heads   m mas
 from __future__ import annotations
 
 import math
-import operator
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,10 +34,10 @@ from .attention import AttentionTap, attention_mode, choose_layers, patch_graph,
 from .cited_masks import Counts, received_attention, semantic_probability
 from .draws import Draws, SampleDraws, Stream, batch_draws, uniform_numbers
 from .mask_config import MaskConfig
-from .masks import RULES, MaskShape, count_masked, decided_by_grid, grid_classes, mask_first
+from .mask_state import MaskState, check_epoch
+from .masks import count_masked, decided_by_grid, grid_classes, mask_first
 from .parts import PartsFit, PartsOptions, check_graph, fit_parts, partition_parts, start_draws
 from .signals import signal_graph, stream_signal
-from .states import differences
 
 __all__ = [
     "AttentionFn", "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "PartsOptions", "alpha_at",
@@ -62,7 +61,7 @@ def alpha_at(epoch: float, total_epochs: int, gamma: float = 2.0) -> float:
     Raises:
         ValueError: t outside 0..T, or gamma not above 0.
     """
-    _check_epoch(epoch, total_epochs)
+    check_epoch(epoch, total_epochs)
     if not gamma > 0:
         raise ValueError(f"gamma must be above 0, got {gamma}")
     return float((epoch / total_epochs) ** gamma)
@@ -76,16 +75,11 @@ def num_parts_at(
     Raises:
         ValueError: t outside 0..T, or an end below 1.
     """
-    _check_epoch(epoch, total_epochs)
+    check_epoch(epoch, total_epochs)
     if min(start, end) < 1:
         raise ValueError(f"the number of parts must be 1 or more, got {start} -> {end}")
     line = start + (end - start) * epoch / total_epochs
     return math.floor(line + (0.5 if rounding == "nearest" else 0.0))
-
-
-def _check_epoch(epoch: float, total_epochs: int) -> None:
-    if total_epochs < 1 or not 0 <= epoch <= total_epochs:
-        raise ValueError(f"epoch must be between 0 and total_epochs, got epoch {epoch} of {total_epochs}")
 
 
 # --- Attention -> graph -> parts: `patch_graph` (Eq. 7, attention.py; `signal_graph`, signals.py, calls it and has the other
@@ -186,7 +180,7 @@ class MaskBatch:
     skipped: Tensor
 
 
-class EvolvedMask:
+class EvolvedMask(MaskState):
     """Makes the masks of a training run: evolved part masking, and the static masks behind the same call.
 
     Args:
@@ -200,67 +194,6 @@ class EvolvedMask:
     Raises:
         ValueError: an option outside its range, naming it, or K larger than N.
     """
-
-    def __init__(
-        self,
-        grid_size: tuple[int, int],
-        num_masked: int,
-        total_epochs: int,
-        config: MaskConfig | None = None,
-        *,
-        seed: int = 0,
-        num_prefix_tokens: int = 1,
-        **options: Any,
-    ) -> None:
-        if config is not None and options:
-            raise ValueError("give either config or single options, not both")
-        self.config = config or MaskConfig.from_recipe("paper", **options)
-        self.parts_options = self.config.parts_options
-        self.height, self.width = grid_size
-        self.num_patches = self.height * self.width
-        self.num_masked, self.total_epochs = _whole_count(num_masked, self.num_patches), total_epochs
-        self.seed, self.num_prefix_tokens = seed, num_prefix_tokens
-        self.shape = MaskShape(self.height, self.width, self.num_masked, self.config.mask_unit)
-        self.rule = RULES[self.config.mask]
-        self._check_shape()
-        self.generator = torch.Generator().manual_seed(seed)
-        self.set_epoch(0)
-        self._was_told_epoch = False
-
-    def _check_shape(self) -> None:
-        patches = self.num_patches
-        if not 0 < self.num_masked < patches:
-            raise ValueError(f"num_masked must be inside 1..{patches - 1} for {patches} patches, got {self.num_masked}")
-        if self.config.uses_parts and self.config.most_parts > patches:
-            raise ValueError(f"K = {self.config.most_parts} parts is above the N = {patches} patches of an image")
-        self.rule.check(self.shape)
-        ratios = self.config.ratio_range
-        if ratios and not self.rule.any_count:
-            raise ValueError(f"mask_ratio_range draws numbers of patches that mask {self.config.mask!r} cannot all make")
-        self.least_masked = self.most_masked = self.num_masked
-        if ratios:
-            self.least_masked, self.most_masked = (count_masked(patches, ratio) for ratio in ratios)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Moves the schedule to epoch t, 0 <= t <= T."""
-        _check_epoch(epoch, self.total_epochs)
-        if epoch != int(epoch):
-            raise ValueError(f"epoch must be a whole number, got {epoch}")
-        self.epoch = int(epoch)
-        self._was_told_epoch = True
-
-    def _warn_of_standing_still(self) -> None:
-        """Once, where nobody moves a schedule: nothing fails then, and the masks stay those of the first epoch."""
-        first_parts, last_parts = self.config.parts_range
-        evolves = self.config.alpha is None and self.rule.alpha is None
-        evolves |= self.config.uses_parts and first_parts != last_parts
-        if not self._was_told_epoch and self.total_epochs > 1 and evolves:
-            warnings.warn(
-                f"set_epoch was never called: masks stay those of epoch 0 of {self.total_epochs} (alpha {self.alpha:g}); "
-                "call set_epoch(epoch) at the start of every epoch, also of the first",
-                stacklevel=4,  # through __call__ and torch.no_grad: the line that asked for masks
-            )
-            self._was_told_epoch = True
 
     @property
     def alpha(self) -> float:
@@ -321,12 +254,7 @@ class EvolvedMask:
         tie_order = draws.uniform(Stream.TIES, self.num_patches) if self.config.ties == "random" else self._raster_order(inputs)
         p_grid = grid_probability(len(inputs), self.height, self.width, uniforms=grid_draw)
         if not self.rule.uses_parts:
-            p_other = self._without_parts(inputs, attention_fn, draws, counts)
-            mask = p_other > 0  # what BEiT's own rule gives, as it is: it may fall short of num_masked
-            if self.rule.exact_count:
-                mask = select_masked(blend(p_grid, p_other, alpha), counts, uniforms=tie_order)
-            skipped = mask.new_full((len(inputs),), not self.rule.uses_attention)
-            return MaskBatch(mask, torch.full_like(mask, -1, dtype=torch.int64), alpha, self.num_parts, skipped)
+            return self._without_parts(inputs, attention_fn, draws, counts, p_grid, tie_order)
         num_parts = self._jittered_parts(draws) if parts is None else num_parts or self.num_parts
         part_draw = draws.uniform(Stream.PARTS, num_parts)
         skipped = self.decided_by_grid(grid_draw, part_draw, counts)
@@ -393,7 +321,18 @@ class EvolvedMask:
         )
         return semantic_probability(parts, part_draw, patch_draw, offset, counts, self.alpha)
 
-    def _without_parts(self, inputs: Tensor, attention_fn: AttentionFn | None, draws: Draws, counts: Counts) -> Tensor:
+    def _without_parts(
+        self, inputs: Tensor, attention_fn: AttentionFn | None, draws: Draws, counts: Counts, p_grid: Tensor, tie_order: Tensor
+    ) -> MaskBatch:
+        """Masks of a strategy that makes no parts, with another second term of the blend."""
+        p_other = self._other_probability(inputs, attention_fn, draws, counts)
+        mask = p_other > 0  # what BEiT's own rule gives, as it is: it may fall short of num_masked
+        if self.rule.exact_count:
+            mask = select_masked(blend(p_grid, p_other, self.alpha), counts, uniforms=tie_order)
+        skipped = mask.new_full((len(inputs),), not self.rule.uses_attention)
+        return MaskBatch(mask, torch.full_like(mask, -1, dtype=torch.int64), self.alpha, self.num_parts, skipped)
+
+    def _other_probability(self, inputs: Tensor, attention_fn: AttentionFn | None, draws: Draws, counts: Counts) -> Tensor:
         """The second term of the blend of a strategy that makes no parts: [B, N]."""
         if self.rule.received is None:
             return self.rule.probability(self.shape, draws.uniform(self.rule.stream, self.rule.draws(self.shape)), counts)
@@ -406,21 +345,6 @@ class EvolvedMask:
         if attention_fn is None:
             raise ValueError(f"mask {self.config.mask!r} needs attention_fn: it is made from the encoder's attention")
         return attention_fn(inputs)
-
-    def _check_patches(self, of_patches: Tensor) -> None:
-        """Raises ValueError unless [B, N, ...] is of the patches of this grid."""
-        if of_patches.shape[1] != self.num_patches:
-            read = "attention has" if self.config.graph == "attention" else f"{self.config.graph} have"
-            raise ValueError(
-                f"the {read} {of_patches.shape[1]} patch tokens, "
-                f"but the mask's grid is {self.height}x{self.width} = {self.num_patches}"
-            )
-
-    def _check_given(self, parts: Tensor, batch: int) -> None:
-        if not self.rule.uses_parts:
-            raise ValueError(f"mask {self.config.mask!r} makes no parts, so none can be given")
-        if parts.shape != (batch, self.num_patches):
-            raise ValueError(f"parts must be [{batch}, {self.num_patches}], got {list(parts.shape)}")
 
     def _parts(self, inputs: Tensor, attention_fn: AttentionFn | None, needed: Tensor, num_parts: int, draws: Draws) -> Tensor:
         """Parts of the wanted images, -1 for the others: int64 [B, N]."""
@@ -440,12 +364,6 @@ class EvolvedMask:
         )
         return parts
 
-    def describe_count(self) -> str:
-        """How many patches are masked, in words: "147", "at most 75", "117 to 176"."""
-        if self.config.ratio_range:
-            return f"{self.least_masked} to {self.most_masked}"
-        return f"{'' if self.rule.exact_count else 'at most '}{self.num_masked}"
-
     def _raster_order(self, inputs: Tensor) -> Tensor:
         """Numbers [B, N] with which select_masked leaves the first of equal patches in raster order visible."""
         descending = torch.arange(self.num_patches - 1, -1, -1, device=inputs.device) / self.num_patches
@@ -455,39 +373,6 @@ class EvolvedMask:
         if not self.config.parts_jitter:
             return self.num_parts
         return self.num_parts + int(draws.shared(Stream.NUM_PARTS, 1)[0, 0] * (self.config.parts_jitter + 1))
-
-    def _settings(self) -> dict[str, Any]:
-        counts = {"num_masked": self.num_masked, "total_epochs": self.total_epochs}
-        return {"seed": self.seed, "grid_size": [self.height, self.width], **counts}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to draw the same masks, as plain values and one tensor."""
-        config, generator = asdict(self.config), self.generator.get_state()
-        return {"epoch": self.epoch, **self._settings(), "config": config, "generator": generator}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from :meth:`state_dict`, with options that are at a default of its time and of today as they were then.
-
-        Raises:
-            ValueError: the state belongs to another configuration; names what differs.
-        """
-        settings = self._settings()
-        saved, config = {name: state[name] for name in settings}, self.config.continuing(state["config"])
-        differing = differences(saved, settings) + differences(MaskConfig.completed(state["config"]), asdict(config))
-        if differing:
-            raise ValueError(f"the saved masks were made with other settings: {'; '.join(differing)}")
-        self.config, self.parts_options = config, config.parts_options
-        self.set_epoch(state["epoch"])
-        self.generator.set_state(state["generator"].cpu())
-
-
-def _whole_count(num_masked: Any, patches: int) -> int:
-    try:
-        return operator.index(num_masked)
-    except TypeError:
-        raise ValueError(
-            f"num_masked must be a number of patches (int), got {num_masked!r}; count_masked({patches}, ratio) is that of a ratio"
-        ) from None
 
 
 def check_for_encoder(

@@ -21,8 +21,8 @@ from common.evolved_mask import EvolvedMask
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = (
-    "__init__", "attention", "cited_masks", "draws", "evolved_mask", "flags", "heads", "mask_config", "masks", "moving_average",
-    "parts", "signals", "states",
+    "__init__", "attention", "cited_masks", "draws", "evolved_mask", "flags", "heads", "mask_config", "mask_state", "masks",
+    "moving_average", "parts", "precision", "signals", "states",
 )  # fmt: skip
 STABLE = (
     "AttentionTap", "EvolvedMask", "MaskBatch", "MaskConfig", "PartsFit", "PartsOptions", "alpha_at", "attention_mode", "blend",
