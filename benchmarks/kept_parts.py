@@ -2,6 +2,7 @@
 
     python -m benchmarks.kept_parts SCENES                     MAE: agreement by age and R; runs with R = 1, 4, 8 beside none kept
     python -m benchmarks.kept_parts SCENES --method simmim     also the parts of the training step (--attention_pass training)
+    python -m benchmarks.kept_parts SCENES --method beit --tokenizer TOKENIZER       the same; its held-out loss is not measured
 
 SCENES is a folder of `python -m scenes`. A small model is trained with evolved masks, a checkpoint an epoch; parts of its own
 training images are then cut with the weights of each epoch. Agreement is the adjusted Rand index and the normalised mutual
@@ -36,8 +37,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor, nn
 
+import beit_evolved.model
 import mae_evolved.model
 import simmim_evolved.model
+from beit_evolved import run_beit_pretraining
+from benchmarks.parts_quality import sizes_of
 from benchmarks.skipped_passes import write_json
 from common.attention import AttentionTap, attention_mode
 from common.evolved_mask import EvolvedMask
@@ -69,17 +73,38 @@ _FLAGS = (
 
 @dataclass(frozen=True)
 class Method:
-    """A trainer with its small model."""
+    """A trainer with its small model.
+
+    Attributes:
+        blocks: model -> blocks of the encoder, where its training step sees every patch; None: it does not.
+        pixels: whether the model gives a loss for images and mask.
+    """
 
     model: str
-    models: dict[str, Callable[..., nn.Module]]
+    models: dict[str, Any]
     config: type[TrainConfig]
     main: Callable[[Sequence[str]], None]
+    blocks: Callable[[Any], nn.ModuleList] | None = None
+    pixels: bool = True
 
 
-METHODS = {
-    "mae": Method("mae_vit_tiny_patch8", mae_evolved.model.MODELS, main_pretrain.MAEConfig, main_pretrain.main),  # type: ignore[arg-type]
-    "simmim": Method("simmim_vit_tiny_patch8", simmim_evolved.model.MODELS, main_simmim.SimMIMConfig, main_simmim.main),  # type: ignore[arg-type]
+METHODS: dict[str, Method] = {
+    "mae": Method("mae_vit_tiny_patch8", mae_evolved.model.MODELS, main_pretrain.MAEConfig, main_pretrain.main),
+    "beit": Method(
+        "beit_tiny_patch8_8k_vocab",
+        beit_evolved.model.MODELS,
+        run_beit_pretraining.BEiTConfig,
+        run_beit_pretraining.main,
+        blocks=lambda model: model.blocks,
+        pixels=False,
+    ),
+    "simmim": Method(
+        "simmim_vit_tiny_patch8",
+        simmim_evolved.model.MODELS,
+        main_simmim.SimMIMConfig,
+        main_simmim.main,
+        blocks=lambda model: model.encoder.blocks,
+    ),
 }
 
 
@@ -135,9 +160,7 @@ class Maps:
 
     def model(self, epochs: int) -> Any:
         """With the weights after that many epochs."""
-        model: Any = self.method.models[self.method.model](input_size=self.config.image_size)
-        model.load_state_dict(read_checkpoint(self.output / f"checkpoint-{epochs - 1}.pth")["model"])
-        return model.eval()
+        return load(self.method, self.config, self.output / f"checkpoint-{epochs - 1}.pth")
 
     def at(self, epochs: int, start: int) -> EvolvedMask:
         """The run's mask at an epoch, with a start of the EM of its own."""
@@ -166,6 +189,14 @@ class Maps:
         """Parts of the crops from the maps of the whole images."""
         whole = self.cut(epochs, "whole", 0, visit)
         return carry_parts(whole, self.views[visit].geometry, self.kept.grid_size)
+
+
+def load(method: Method, config: TrainConfig, path: Path) -> Any:
+    """The small model with the weights of a checkpoint."""
+    weights = read_checkpoint(path)["model"]
+    model: Any = method.models[method.model](input_size=config.image_size, **sizes_of(weights))
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def by_age(maps: Maps, now: Sequence[int], ages: Sequence[int]) -> list[dict[str, Any]]:
@@ -218,8 +249,9 @@ def step_parts(maps: Maps, epochs: int, visit: int) -> Tensor:
     """Parts of the crops from the attention of a training step, under the masks of that epoch: int64 [I, N]."""
     batch, mask, model = maps.views[visit], maps.at(epochs, 0), maps.model(epochs)
     masks = mask(batch.images, lambda rows: model.signal(rows, **maps.mask_config.signal), batch.sample_ids).mask
+    assert maps.method.blocks is not None
     torch.manual_seed(0)  # of drop path
-    with attention_mode(model, "train"), AttentionTap(model.encoder.blocks, step_layers(maps.mask_config, DEPTH)) as tap:
+    with attention_mode(model, "train"), AttentionTap(maps.method.blocks(model), step_layers(maps.mask_config, DEPTH)) as tap:
         model(batch.images, masks)
     return mask.cut(batch.images, lambda _: tap.maps, batch.sample_ids)
 
@@ -248,20 +280,26 @@ def train(method: Method, flags: str, output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
 
 
-def evaluate(method: Method, flags: str, output: Path, scenes: Path, seed: int) -> dict[str, float]:
-    """Of the last weights: loss on held-out scenes under random masks that are the same for all runs, and a linear probe."""
+def evaluate(method: Method, flags: str, output: Path, scenes: Path, seed: int) -> dict[str, float | None]:
+    """Of the last weights: loss on held-out scenes under random masks that are the same for all runs, and a linear probe.
+
+    The loss is None for a model that does not give it.
+    """
     config, _ = parse_arguments(method.config, PROGRAM, "", flags.split())
-    model: Any = method.models[method.model](input_size=config.image_size)
-    model.load_state_dict(read_checkpoint(output / "checkpoint-last.pth")["model"])
-    model.eval()
+    model = load(method, config, output / "checkpoint-last.pth")
     sets = {split: read_set(config, scenes / "imagenet" / split) for split in ("train", "val")}
-    held, height, width = sets["val"][0], *config.grid_size
-    random = EvolvedMask((height, width), round(0.75 * height * width), 1, MaskConfig(mask="random"), seed=seed)
-    with torch.no_grad():
-        loss, _ = model(held, random(held, sample_ids=torch.arange(len(held))).mask)
+    loss = held_out_loss(model, sets["val"][0], config.grid_size, seed) if method.pixels else None
     features = {split: encode(model, images) for split, (images, _) in sets.items()}
     probe = LogisticRegression(max_iter=2000).fit(features["train"], sets["train"][1])
-    return {"held_out_loss": float(loss), "probe": float(probe.score(features["val"], sets["val"][1]))}
+    return {"held_out_loss": loss, "probe": float(probe.score(features["val"], sets["val"][1]))}
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, images: Tensor, grid_size: tuple[int, int], seed: int) -> float:
+    """Loss on images [I, 3, P, Q] under random masks of three quarters."""
+    patches = grid_size[0] * grid_size[1]
+    random = EvolvedMask(grid_size, round(0.75 * patches), 1, MaskConfig(mask="random"), seed=seed)
+    return float(model(images, random(images, sample_ids=torch.arange(len(images))).mask)[0])
 
 
 def read_set(config: TrainConfig, folder: Path) -> tuple[Tensor, list[str]]:
@@ -325,23 +363,25 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["|---|---|---|---|---|---|"]
     for row in result["runs"]:
         lines.append(
-            f"| {row['run']} | {row['passes']:.2f} | {row['mask_share']:.2f} | {row['loss']:.4f} | {row['held_out_loss']:.4f} | "
-            f"{row['probe']:.3f} |"
+            f"| {row['run']} | {row['passes']:.2f} | {row['mask_share']:.2f} | {row['loss']:.4f} | "
+            f"{'' if row['held_out_loss'] is None else format(row['held_out_loss'], '.4f')} | {row['probe']:.3f} |"
         )
     return "\n".join(lines)
 
 
-def measure(scenes: Path, name: str, epochs: int, count: int, seed: int, work: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Everything about one method."""
+    name, epochs, count, seed, scenes = args.method, args.epochs, args.count, args.seed, args.scenes
     method = METHODS[name]
     flags = f"{_FLAGS} --model {method.model} --epochs {epochs} --seed {seed} --data_path {scenes}/imagenet"
+    flags += f" --tokenizer {args.tokenizer}" if args.tokenizer else ""
     with shallow(method):
-        runs = compare_runs(method, flags, work, scenes, seed, step=name == "simmim")
+        runs = compare_runs(method, flags, work, scenes, seed, step=method.blocks is not None)
         maps = Maps(method, flags, work / "fresh", count)
         oldest = min(8, epochs // 2)
         now = sorted({epochs - 1, (3 * epochs) // 4, max(epochs // 2, oldest + 1)})
         ages = by_age(maps, now, range(oldest))
-        step = step_agreement(maps, now) if name == "simmim" else None
+        step = step_agreement(maps, now) if method.blocks is not None else None
         table = by_every(ages)
         return {
             "method": name, "epochs": epochs, "images": count, "seed": seed, "now": now, "ages": ages, "every": table,
@@ -366,6 +406,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenes", type=Path, metavar="SCENES", help="folder that `python -m scenes` wrote")
     parser.add_argument("--method", choices=sorted(METHODS), default="mae", help="[%(default)s]")
+    parser.add_argument("--tokenizer", type=Path, help="of BEiT, for images of 64 pixels in patches of 8")
     parser.add_argument("--epochs", type=int, default=16, help="length of the runs [%(default)s]")
     parser.add_argument("--count", type=int, default=48, help="training images whose parts are compared [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
@@ -375,8 +416,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise BadInput(f"{args.scenes}: no scenes there; make them by `python -m scenes {args.scenes}`")
     if args.epochs < 4:
         raise BadInput(f"--epochs must be 4 or more, got {args.epochs}")
+    if (args.method == "beit") != (args.tokenizer is not None):
+        raise BadInput("--tokenizer must be given with --method beit, and with no other")
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args.scenes, args.method, args.epochs, args.count, args.seed, Path(folder))
+        result = measure(args, Path(folder))
     print(markdown(result))
     if args.json:
         write_json(args.json, result)

@@ -118,6 +118,7 @@ class Trained:
     Attributes:
         images: how many the run had seen.
         config: flags of the run.
+        sizes: of :func:`sizes_of`.
     """
 
     model: Any
@@ -127,11 +128,12 @@ class Trained:
     epoch: int
     images: int
     config: dict[str, Any]
+    sizes: dict[str, int]
 
     @property
     def depth(self) -> int:
         """Blocks of the encoder."""
-        return len(self.model.blocks)
+        return self.sizes["depth"]
 
 
 def load_trained(path: Path) -> Trained:
@@ -145,23 +147,27 @@ def load_trained(path: Path) -> Trained:
     method = next((name for name, models in _TRAINERS.items() if config.get("model") in models), None)
     if method is None or "mask_config" not in state:
         raise BadInput(f"checkpoint {path}: is not of a pre-training run of this project")
-    model = build_untrained(method, config, _depth(state["model"]), seed=0)
+    sizes = sizes_of(state["model"])
+    model = build_untrained(method, config, sizes, seed=0)
     model.load_state_dict(state["model"])
     epoch = int(state["epoch"]) + 1  # epochs that are done; `epoch` there is the last of them, counted from 0
     images = epoch * int(state["samples"])
-    return Trained(model, method, state["mask_config"]["mask"], int(config["seed"]), epoch, images, config)
+    return Trained(model, method, state["mask_config"]["mask"], int(config["seed"]), epoch, images, config, sizes)
 
 
-def build_untrained(method: str, config: dict[str, Any], depth: int, seed: int) -> Any:
-    """The same model before training."""
+def build_untrained(method: str, config: dict[str, Any], sizes: dict[str, int], seed: int) -> Any:
+    """The same model before training; `sizes` are those of :func:`sizes_of`."""
     words = [int(word) for word in str(config["input_size"]).split("x")]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _TRAINERS[method][config["model"]](input_size=(words[0], words[-1]), depth=depth)
+        return _TRAINERS[method][config["model"]](input_size=(words[0], words[-1]), **sizes)
 
 
-def _depth(weights: dict[str, Tensor]) -> int:
-    return 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+def sizes_of(weights: dict[str, Tensor]) -> dict[str, int]:
+    """What a model's name does not say: how many blocks the encoder has, and BEiT's vocabulary, which is the tokenizer's."""
+    numbers = [re.match(r"(?:encoder\.)?blocks\.(\d+)\.", key) for key in weights]
+    sizes = {"depth": 1 + max(int(number[1]) for number in numbers if number)}
+    return {**sizes, "vocabulary": len(weights["lm_head.weight"])} if "lm_head.weight" in weights else sizes
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ def measure(path: Path, scenes: Scenes, wanted: Sequence[str], parts: Sequence[i
     grid_size = trained.model.grid_size
     images = _normalised(scenes, trained.config)
     truth = [patch_objects(objects, grid_size) for objects in scenes.objects]
-    untrained = build_untrained(trained.method, trained.config, trained.depth, seed=1 + trained.seed)
+    untrained = build_untrained(trained.method, trained.config, trained.sizes, seed=1 + trained.seed)
     for name, graph, options in _graphs(trained, untrained, images, wanted):
         for num_parts in parts:
             cut = _cut(graph, num_parts, len(images), grid_size, options)

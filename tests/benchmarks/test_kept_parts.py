@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from beit_evolved.tokenizer import OWN_FILE, DiscreteVAE
 from benchmarks import kept_parts
 from benchmarks.kept_parts import Agreement, agree, by_every, largest, mean
 from common.training.errors import BadInput
@@ -30,13 +31,17 @@ def test_the_largest_R_is_that_of_the_mean_over_its_ages():
     assert largest(table, "crop") == 0
 
 
-@pytest.mark.parametrize("method", ["mae", "simmim"])
+@pytest.mark.parametrize("method", ["mae", "beit"])
 def test_the_whole_command(tmp_path, capsys, monkeypatch, method):
     """Two blocks, 32 scenes, 4 epochs (seed 0): every number is there, and those that must be are in their range."""
     monkeypatch.setattr(kept_parts, "DEPTH", 2)
     monkeypatch.setattr(kept_parts, "EVERY", (0, 2))
     make_scenes(tmp_path / "scenes", train=32, val=16, size=64, sources="shapes", workers=1)
     arguments = [str(tmp_path / "scenes"), "--method", method, "--epochs", "4", "--count", "4", "--json", f"{tmp_path}/all.json"]
+    if method == "beit":
+        torch.manual_seed(0)
+        torch.save({"weights": DiscreteVAE(16, 8, 1, 8).state_dict()}, tmp_path / OWN_FILE)
+        arguments += ["--tokenizer", str(tmp_path)]
     result = kept_parts.main(arguments)
     assert json.loads((tmp_path / "all.json").read_text())["runs"] == result["runs"]
     assert [row["age"] for row in result["ages"]] == [0, 1]
@@ -45,8 +50,9 @@ def test_the_whole_command(tmp_path, capsys, monkeypatch, method):
     runs = {row["run"]: row for row in result["runs"]}
     assert runs["R = 2"]["passes"] < runs["fresh"]["passes"]
     assert all(0 <= row["probe"] <= 1 for row in runs.values())
-    assert ("step" in runs) == (method == "simmim")
-    if method == "simmim":
+    assert ("step" in runs) == (method == "beit")
+    assert (runs["fresh"]["held_out_loss"] is None) == (method == "beit")
+    if method == "beit":
         assert runs["step"]["passes"] == 0
         assert 0 < result["step"]["patches_seen_before"] < 1
     assert "Largest R above 0.8" in capsys.readouterr().out

@@ -12,6 +12,8 @@ from benchmarks.part_scores import best_overlap, patch_objects, read_scenes, sco
 from common.training.errors import BadInput
 from scenes.layouts import run_lengths
 from scenes.make import make_scenes
+from tests import methods
+from tests.conftest import assert_same, write_images
 
 GRID = (2, 3)
 TRUTH = np.array([0, 1, 1, 0, 1, 2])
@@ -115,6 +117,27 @@ def test_a_signal_is_what_a_run_would_read(study):
         tokens = next(iter(trained.model.eval().signal(images, "tokens", [0])))[:, 1:]
     centred = torch.nn.functional.normalize(tokens - tokens.mean(dim=1, keepdim=True), dim=2)
     torch.testing.assert_close(parts_quality.graph_of(trained.model, images, config), centred @ centred.transpose(1, 2))
+
+
+@pytest.mark.parametrize("method", ["beit", "simmim"])
+def test_models_of_every_method_are_read(tmp_path, method, monkeypatch):
+    """Weights of a short run come back, with depth and vocabulary, and give signals that an untrained one does not (seed 0)."""
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images", 4)
+    for models, name, model in methods.shallow_models():
+        monkeypatch.setitem(models, name, model)
+    run = f"{methods.flags(method, tmp_path / 'images', tmp_path)} --epochs 1 --warmup_epochs 0 --output_dir {tmp_path / 'run'}"
+    methods.MAINS[method](run.split())
+    trained = parts_quality.load_trained(tmp_path / "run" / "checkpoint-last.pth")
+    saved = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)["model"]
+    assert_same(dict(trained.model.state_dict()), saved)
+    assert (trained.depth, trained.mask, trained.images) == (3, "evolved", 4)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    untrained = parts_quality.build_untrained(trained.method, trained.config, trained.sizes, seed=1)
+    config = parts_quality.signals_of(3)["keys 2"]
+    graphs = [parts_quality.graph_of(model, images, config) for model in (trained.model, untrained)]
+    assert graphs[0].shape == (2, 16, 16)
+    assert not torch.allclose(*graphs)
 
 
 def test_seeds_are_put_together():
