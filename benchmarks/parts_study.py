@@ -1,6 +1,6 @@
 """Pre-trains the models whose parts benchmarks/parts_quality.py compares: each method, evolved and random masks, several seeds.
 
-    python -m benchmarks.parts_study OUT                   # about 2 hours on 2 CPU cores; continued when started again
+    python -m benchmarks.parts_study OUT                   # about an hour of 2 CPU cores; continued when started again
     python -m benchmarks.parts_quality OUT/*/checkpoint-*.pth --scenes OUT/scenes
 
 Scenes are those of `python -m scenes`: what is trained on and what is measured on share no picture. The models are the tiny ones
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.parts_study", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of scenes, tokenizer and runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each run")
-    parser.add_argument("--epochs", type=int, default=6, help="epochs of each run")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of each run [%(default)s]")
     parser.add_argument("--scenes", type=int, default=4000, help="training scenes")
     parser.add_argument(
         "--methods",
