@@ -95,7 +95,12 @@ def test_recipe_paper():
 def test_recipe_authors():
     """The recipe `authors` sets every row of the table at once, all of them pinned."""
     assert asdict(MaskConfig.from_recipe("authors")) == AUTHORS
-    assert set(RECIPES) == {"paper", "authors"}
+    assert set(RECIPES) == {"paper", "best", "authors"}
+
+
+def test_recipe_best():
+    """The recipe `paper` but for the signal."""
+    assert asdict(MaskConfig.from_recipe("best")) == {**PAPER, "graph": "keys", "layers": "last"}
 
 
 def test_recipe_with_options():
@@ -106,7 +111,7 @@ def test_recipe_with_options():
 
 def test_recipe_refuses():
     """Unknown recipes and options are named, with the recipes there are."""
-    with pytest.raises(ValueError, match=r"recipe.*paper, authors.*'beit'"):
+    with pytest.raises(ValueError, match=r"recipe.*paper, best, authors.*'beit'"):
         MaskConfig.from_recipe("beit")
     with pytest.raises(ValueError, match="unknown mask option gama, tie"):
         MaskConfig.from_recipe("paper", tie="raster", gama=2.0, gamma=2.0)
