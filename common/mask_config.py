@@ -366,5 +366,5 @@ RECIPES: dict[str, dict[str, Any]] = {
         "attention_mode": "train",
     },
 }
-"""What each recipe sets apart from the defaults. `best` is the paper's mask from keys of the last block in the place of attention.
+"""What each recipe sets apart from the defaults. `best` is the paper's mask with keys of the last block for attention.
 Their parts agreed better with objects in small BEiT and SimMIM models; in MAE they did not on the whole (docs/parts.md)."""

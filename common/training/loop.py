@@ -102,6 +102,7 @@ class Loop:
         self.first_epoch = self.first_update = 0
         self.meters: dict[str, Any] = {}
         self.pace = Pace(0)
+        self.trains_on_without_room = self.config.on_full_disk == "continue"
         self.unreadable: set[str] = set()  # lines of images that were named in this run
         self.interruption, self.asked_to_stop = Interruption(), False
         if run.resumed_from is not None:
@@ -434,7 +435,7 @@ class Loop:
         try:
             save_atomically(self._state(epoch, update), path, path.with_name(PREVIOUS) if path.name == LAST else None)
         except NoRoom as error:
-            if self.config.on_full_disk == "stop" or self.asked_to_stop:
+            if not self.trains_on_without_room or self.asked_to_stop:
                 raise
             self.log.say(f"{error}; training goes on (--on_full_disk continue)")
 
