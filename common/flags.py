@@ -54,9 +54,8 @@ def add_mask_flags(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         choices=sorted(RECIPES),
         default=argparse.SUPPRESS,
-        help="paper (the default); authors: all mask options as in the authors' released code; best: the paper's with keys of "
-        "the last block in the place of attention, whose parts agreed better with objects in small BEiT and SimMIM models "
-        "(docs/parts.md)",
+        help="paper (the default); authors: all mask options as in the authors' released code; best: the paper's with keys in "
+        "the place of attention, whose parts agreed better with objects in small BEiT and SimMIM models (docs/parts.md)",
     )
     hints = get_type_hints(MaskConfig)
     for flag in fields(MaskConfig):

@@ -100,7 +100,7 @@ def test_recipe_authors():
 
 def test_recipe_best():
     """The recipe `paper` but for the signal."""
-    assert asdict(MaskConfig.from_recipe("best")) == {**PAPER, "graph": "keys", "layers": "last"}
+    assert asdict(MaskConfig.from_recipe("best")) == {**PAPER, "graph": "keys"}
 
 
 def test_recipe_with_options():
