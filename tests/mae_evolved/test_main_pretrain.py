@@ -20,7 +20,7 @@ def test_help_shows_every_flag_with_its_default() -> None:
     for text in (
         "--norm_pix_loss, --no_norm_pix_loss",
         "exponent of alpha = (t/T)^gamma (Eq. 4, Table 2) [2.0]",
-        "--recipe {authors,paper}",
+        "--recipe {authors,best,paper}",
     ):
         assert " ".join(text.split()) in " ".join(run.stdout.split())
     assert run.stderr == ""
